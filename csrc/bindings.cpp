@@ -1,0 +1,147 @@
+// fusedloss._native: fusedloss.h as a Python module. Pointers are plain integers, 0 for null; nothing is checked here
+// that the C surface does not check.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "fusedloss.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <class T>
+T* pointer(uintptr_t address) { return reinterpret_cast<T*>(address); }
+
+void raise_if(int status) {
+  if (status) throw std::runtime_error(fl_error());
+}
+
+fl_tile make_tile(uintptr_t data, int64_t rows, int64_t columns, int64_t stride, int32_t dtype, int64_t first_column,
+                  float softcap, float scale, uintptr_t bias, uintptr_t class_scale, uintptr_t class_shift) {
+  fl_tile t{};
+  t.data = pointer<const void>(data);
+  t.rows = rows;
+  t.columns = columns;
+  t.stride = stride;
+  t.first_column = first_column;
+  t.dtype = dtype;
+  t.softcap = softcap;
+  t.scale = scale;
+  t.bias = pointer<const float>(bias);
+  t.class_scale = pointer<const float>(class_scale);
+  t.class_shift = pointer<const float>(class_shift);
+  return t;
+}
+
+fl_statistic make_statistic(int32_t kind, int32_t where, int32_t function, int32_t count, double factor,
+                            double parameter, uintptr_t rest, uintptr_t at, int64_t at_stride, uintptr_t operand,
+                            int64_t operand_stride, int32_t operand_dtype, uintptr_t row, uintptr_t state,
+                            uintptr_t coefficient, uintptr_t keep, int64_t keep_stride, int32_t keep_dtype,
+                            uintptr_t keep_shift) {
+  fl_statistic s{};
+  s.keep = pointer<void>(keep);
+  s.keep_stride = keep_stride;
+  s.keep_dtype = keep_dtype;
+  s.keep_shift = pointer<float>(keep_shift);
+  s.kind = kind;
+  s.where = where;
+  s.function = function;
+  s.count = count;
+  s.factor = factor;
+  s.parameter = parameter;
+  s.rest = pointer<const int64_t>(rest);
+  s.at = pointer<const int64_t>(at);
+  s.at_stride = at_stride;
+  s.operand = pointer<const void>(operand);
+  s.operand_stride = operand_stride;
+  s.operand_dtype = operand_dtype;
+  s.row = pointer<const float>(row);
+  s.state = pointer<double>(state);
+  s.coefficient = pointer<const float>(coefficient);
+  return s;
+}
+
+fl_sums make_sums(uintptr_t bias, uintptr_t class_shift, uintptr_t class_scale, uintptr_t scale, uintptr_t largest) {
+  return {pointer<float>(bias), pointer<float>(class_shift), pointer<float>(class_scale), pointer<double>(scale),
+          pointer<float>(largest)};
+}
+
+void statistics(const fl_tile& tile, const std::vector<fl_statistic>& wanted) {
+  int status;
+  {
+    py::gil_scoped_release released;
+    status = fl_statistics(&tile, wanted.data(), (int32_t)wanted.size());
+  }
+  raise_if(status);
+}
+
+void gradient(const fl_tile& tile, uintptr_t out, int64_t out_stride, int32_t out_dtype,
+              const std::vector<fl_statistic>& wanted, const fl_sums* sums) {
+  int status;
+  {
+    py::gil_scoped_release released;
+    status = fl_gradient(&tile, pointer<void>(out), out_stride, out_dtype, wanted.data(), (int32_t)wanted.size(), sums);
+  }
+  raise_if(status);
+}
+
+void gradient_of_exponentials(const fl_tile& tile, const std::vector<fl_statistic>& wanted, const fl_sums* sums) {
+  int status;
+  {
+    py::gil_scoped_release released;
+    status = fl_gradient_of_exponentials(&tile, wanted.data(), (int32_t)wanted.size(), sums);
+  }
+  raise_if(status);
+}
+
+int gemm(int64_t m, int64_t n, int64_t k, uintptr_t a, int64_t a_row, int64_t a_column, uintptr_t b, int64_t b_row,
+         int64_t b_column, uintptr_t c, int64_t c_row, int32_t dtype, bool accumulate) {
+  py::gil_scoped_release released;
+  return fl_gemm(m, n, k, pointer<const void>(a), a_row, a_column, pointer<const void>(b), b_row, b_column,
+                 pointer<float>(c), c_row, dtype, accumulate);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "The C surface of fusedloss (csrc/fusedloss.h). Pointers are integers, 0 for null.";
+
+  py::class_<fl_tile>(m, "Tile").def(
+      py::init(&make_tile), py::kw_only(), py::arg("data"), py::arg("rows"), py::arg("columns"), py::arg("stride"),
+      py::arg("dtype"), py::arg("first_column") = 0, py::arg("softcap") = 0.0f, py::arg("scale") = 1.0f,
+      py::arg("bias") = 0, py::arg("class_scale") = 0, py::arg("class_shift") = 0);
+  py::class_<fl_statistic>(m, "Statistic").def(
+      py::init(&make_statistic), py::kw_only(), py::arg("kind"), py::arg("where") = (int)FL_ALL, py::arg("function") = 0,
+      py::arg("count") = 1, py::arg("factor") = 1.0, py::arg("parameter") = 0.0, py::arg("rest") = 0, py::arg("at") = 0,
+      py::arg("at_stride") = 1, py::arg("operand") = 0, py::arg("operand_stride") = 0,
+      py::arg("operand_dtype") = (int)FL_F32, py::arg("row") = 0, py::arg("state") = 0, py::arg("coefficient") = 0,
+      py::arg("keep") = 0, py::arg("keep_stride") = 0, py::arg("keep_dtype") = (int)FL_F32, py::arg("keep_shift") = 0);
+  py::class_<fl_sums>(m, "Sums").def(py::init(&make_sums), py::kw_only(), py::arg("bias") = 0, py::arg("class_shift") = 0,
+                                     py::arg("class_scale") = 0, py::arg("scale") = 0, py::arg("largest") = 0);
+
+  m.def("statistics", &statistics, py::arg("tile"), py::arg("statistics"));
+  m.def("gradient", &gradient, py::arg("tile"), py::arg("out"), py::arg("out_stride"), py::arg("out_dtype"),
+        py::arg("statistics"), py::arg("sums") = py::none());
+  m.def("gradient_of_exponentials", &gradient_of_exponentials, py::arg("tile"), py::arg("statistics"),
+        py::arg("sums") = py::none());
+  m.def("gemm", &gemm, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("a"), py::arg("a_row"), py::arg("a_column"),
+        py::arg("b"), py::arg("b_row"), py::arg("b_column"), py::arg("c"), py::arg("c_row"), py::arg("dtype"),
+        py::arg("accumulate"), "Nonzero: no kernel for the dtype on this processor, nothing was written.");
+  m.def("gemm_available", [](int32_t dtype) { return fl_gemm_available(dtype) != 0; }, py::arg("dtype"));
+  m.def("isa", [] { return std::string(fl_isa()); });
+  m.def("set_isa", [](const char* name) { raise_if(fl_set_isa(name)); }, py::arg("name").none(true));
+
+#define FL_CONSTANT(name) m.attr(#name) = (int)FL_##name;
+  FL_CONSTANT(F32) FL_CONSTANT(BF16) FL_CONSTANT(F16)
+  FL_CONSTANT(SCORE) FL_CONSTANT(LOGSUMEXP) FL_CONSTANT(SUM) FL_CONSTANT(SUM_OF_SQUARES) FL_CONSTANT(MOMENTS)
+  FL_CONSTANT(EXPECTATION) FL_CONSTANT(SUM_OF) FL_CONSTANT(EXTREME) FL_CONSTANT(MASS)
+  FL_CONSTANT(ALL) FL_CONSTANT(REST)
+  FL_CONSTANT(V_OPERAND) FL_CONSTANT(V_SCORE) FL_CONSTANT(V_ABSOLUTE) FL_CONSTANT(V_SQUARE)
+  FL_CONSTANT(F_SOFTPLUS) FL_CONSTANT(F_SIGMOID) FL_CONSTANT(F_HINGE) FL_CONSTANT(F_SQUARED_HINGE) FL_CONSTANT(F_FOCAL)
+#undef FL_CONSTANT
+  m.attr("KEPT_COLUMNS") = FL_KEPT_COLUMNS;
+}

@@ -1,0 +1,117 @@
+// The whole native surface of fusedloss on one page: plain C, raw pointers, no torch, no Python.
+//
+// A tile is a block of score rows in memory. Two primitives read it: fl_statistics merges it into per-row
+// states, fl_gradient turns it into the gradient of a loss whose derivatives in those statistics are given.
+// Everything is caller-allocated. Status 0 is success; otherwise fl_error() says what was wrong (per thread).
+#pragma once
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum { FL_F32 = 0, FL_BF16 = 1, FL_F16 = 2 } fl_dtype;
+
+// Scores as stored (a) and as meant (z):
+//   z_ij = class_scale_j * scale * cap(a_ij + bias_j) + class_shift_j,   cap(t) = softcap * tanh(t / softcap)
+// Null pointers and softcap = 0 leave their step out. `columns` counts this tile's columns; the first of them is
+// class `first_column`; the class vectors below start at that class too.
+typedef struct {
+  const void* data;          // rows x columns, row stride `stride` elements, columns contiguous
+  int64_t rows, columns, stride, first_column;
+  int32_t dtype;             // fl_dtype
+  float softcap, scale;
+  const float *bias, *class_scale, *class_shift;
+} fl_tile;
+
+typedef enum {               // state (doubles per row; merged into, so start from the identity)   value
+  FL_SCORE = 0,              // [count]  sum of z at the wanted columns, identity 0                 z at each `at`
+  FL_LOGSUMEXP = 1,          // [2] m, s: sum over e^{factor z - m}, identity (-inf, 0)             m + log s
+  FL_SUM = 2,                // [1] sum of operand_j z_j (operand null: z_j), identity 0
+  FL_SUM_OF_SQUARES = 3,     // [1] sum of z_j^2, identity 0
+  FL_MOMENTS = 4,            // [3] count, mean, M2 = sum (z - mean)^2, identity 0, Chan's merge
+  FL_EXPECTATION = 5,        // [3] m, s, t = sum e^{factor z_j - m} v_j, identity (-inf, 0, 0)     t / s
+  FL_SUM_OF = 6,             // [2] sum f(u_j), sum f'(u_j) with u_j = factor (z_j - row_i), identity 0
+  FL_EXTREME = 7,            // [2 count] the `count` largest factor*z (factor = +1: max, -1: min), in falling
+                             //   order of factor*z, ties to the lowest column: count scores z, then count columns.
+                             //   identity: z = -factor*inf, column = -1
+  FL_MASS = 8,               // [1] sum of operand_j over the columns that count, identity 0; no gradient
+} fl_kind;
+
+typedef enum { FL_ALL = 0, FL_REST = 1 } fl_where;   // REST: every column but rest_i. Scores of -inf are always skipped.
+
+typedef enum {               // v_j of FL_EXPECTATION
+  FL_V_OPERAND = 0,          // operand_j
+  FL_V_SCORE = 1,            // z_j
+  FL_V_ABSOLUTE = 2,         // |operand_j - row_i|
+  FL_V_SQUARE = 3,           // (operand_j - row_i)^2
+} fl_expectation;
+
+typedef enum {               // f(u) of FL_SUM_OF
+  FL_F_SOFTPLUS = 0,         // log(1 + e^u)
+  FL_F_SIGMOID = 1,          // 1 / (1 + e^-u)
+  FL_F_HINGE = 2,            // max(0, u)
+  FL_F_SQUARED_HINGE = 3,    // max(0, u)^2
+  FL_F_FOCAL = 4,            // softplus(u) * sigmoid(u)^parameter : one sigmoid focal term, u = -score of a positive
+} fl_function;
+
+typedef struct {
+  int32_t kind, where, function;   // function: fl_expectation or fl_function where the kind has one
+  int32_t count;                   // columns wanted (FL_SCORE), k (FL_EXTREME), else 1
+  double factor, parameter;
+  const int64_t* rest;             // rows: the column left out (FL_REST), < 0 for none; class ids, not tile columns
+  const int64_t* at;               // FL_SCORE: class ids, row stride at_stride (0: shared by the rows); < 0: no column, z = 0
+  int64_t at_stride;
+  const void* operand;             // class vector (operand_stride 0) or rows x columns matrix, dtype operand_dtype
+  int64_t operand_stride;
+  int32_t operand_dtype;
+  const float* row;                // rows: row parameter, null for 0
+  double* state;                   // rows x width, contiguous. fl_gradient reads it finished (all tiles merged).
+  void* keep;                      // FL_LOGSUMEXP of factor 1, fl_statistics on at most FL_KEPT_COLUMNS columns: null, or
+  int64_t keep_stride;             //   where to leave e^{z_ij - keep_shift_i} (0 in columns left out), rows x columns;
+  int32_t keep_dtype;              //   it may be the tile itself. fl_gradient_of_exponentials reads keep_shift.
+  float* keep_shift;               //   rows
+  const float* coefficient;        // fl_gradient: dL/dvalue. FL_SCORE, FL_EXTREME: rows x count. FL_MOMENTS: rows x 2
+                                   //   (mean, M2). Others: rows.
+} fl_statistic;
+
+// Merge the tile into every statistic's state. Rows are split statically over OpenMP threads: same bits each time.
+int fl_statistics(const fl_tile* tile, const fl_statistic* statistics, int32_t count);
+
+// What fl_gradient may gather beside the tile; null pointers are left out. All are added to, never cleared.
+typedef struct {
+  float* bias;               // columns: sum_i of dL/da_ij
+  float* class_shift;        // columns: sum_i of dL/dz_ij
+  float* class_scale;        // columns: sum_i of dL/dz_ij * scale * cap(a_ij + bias_j)
+  double* scale;             // one number: sum_ij of dL/dz_ij * class_scale_j * cap(a_ij + bias_j)
+  float* largest;            // columns: max_i |dL/da_ij| (maximised into)
+} fl_sums;
+
+// out_ij = dL/da_ij = dz/da * sum_k coefficient_k * psi_k(z_ij). `out` may be the tile itself, also with a narrower
+// out_dtype (same starting address and row pitch in bytes: a bf16 row then fills the first half of its fp32 row).
+// Entries whose score is -inf get exactly 0; rows whose coefficients are all 0 get exactly 0.
+int fl_gradient(const fl_tile* tile, void* out, int64_t out_stride, int32_t out_dtype,
+                const fl_statistic* statistics, int32_t count, const fl_sums* sums);
+
+#define FL_KEPT_COLUMNS 2048
+
+// The same from what FL_LOGSUMEXP kept, in place: tile->data holds e^{z - keep_shift} and becomes dL/da. The statistics
+// are that one, and FL_SCOREs and FL_MASSes; softcap must be 0, class_scale and scale sums are not to be had.
+int fl_gradient_of_exponentials(const fl_tile* tile, const fl_statistic* statistics, int32_t count, const fl_sums* sums);
+
+// C (m x n, fp32, columns contiguous) = A B, or C += A B when accumulate != 0. A is m x k, B is k x n, both of `dtype`;
+// of each operand's two strides one must be 1. Products and sums in fp32. Returns nonzero (use another GEMM) where
+// this processor has no kernel for the dtype; fl_gemm_available asks without running.
+int fl_gemm(int64_t m, int64_t n, int64_t k, const void* a, int64_t a_row, int64_t a_column,
+            const void* b, int64_t b_row, int64_t b_column, float* c, int64_t c_row, int32_t dtype, int32_t accumulate);
+int fl_gemm_available(int32_t dtype);
+
+// Instruction set in use: "avx512", "avx2" or "portable". Set null to choose by the processor, or one of the names
+// (tests run each). Returns nonzero where the processor lacks it.
+const char* fl_isa(void);
+int fl_set_isa(const char* name);
+const char* fl_error(void);
+
+#ifdef __cplusplus
+}
+#endif

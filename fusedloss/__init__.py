@@ -1,0 +1,28 @@
+"""fusedloss: losses over large score matrices that are never stored."""
+
+from . import nn, statistics
+from ._version import __version__
+from .losses import class_counts
+from .losses.comp_sum_loss import comp_sum_loss
+from .losses.cross_entropy import cross_entropy, linear_cross_entropy
+from .losses.focal_loss import focal_loss
+from .losses.generalized_cross_entropy import generalized_cross_entropy
+from .losses.linear_log_probs import LogProbs, linear_log_probs
+from .losses.logit_adjusted_cross_entropy import logit_adjusted_cross_entropy
+from .losses.mean_absolute_error_loss import mean_absolute_error_loss
+from .losses.normalized_cross_entropy import normalized_cross_entropy
+from .losses.number_token_loss import number_token_loss
+from .losses.one_vs_rest_loss import one_vs_rest_loss
+from .losses.poly_focal_loss import poly_focal_loss
+from .losses.poly_loss import poly_loss
+from .losses.sigmoid_focal_loss import sigmoid_focal_loss
+from .losses.spherical_softmax_loss import spherical_softmax_loss
+from .losses.spherical_z_loss import spherical_z_loss
+from .losses.squared_error_loss import squared_error_loss
+from .losses.squentropy import squentropy
+from .losses.taylor_softmax_loss import taylor_softmax_loss
+from .numerics import nll, softplus
+from .relation import Rest
+from .row_loss import row_loss
+from .scores import Scores, linear_scores, logits_scores
+from .statistics import Expectation, LogSumExp, Mass, Max, Min, Moments, Score, Sum, SumOf, SumOfSquares, TopK

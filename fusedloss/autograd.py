@@ -1,0 +1,190 @@
+"""Autograd around the ops: eager mode through `torch.autograd.Function`, `torch.compile` through registered formulas.
+
+Eager mode can do two things that a registered formula cannot: the first backward scales the stored gradients in place
+and hands them over (later ones compute them again), and ``create_graph=True`` differentiates the dense plain PyTorch
+formula, so that derivatives of any order are right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .dense import DenseScores, dense_scores
+from .memory import empty
+from .ops import decode, encode
+from .schedule import accumulation_dtype
+
+__all__ = ["encode", "statistics", "weighted_total"]
+
+STREAMS = 6  # differentiable inputs: x, weight, bias, class_scale, class_shift, scale
+_op = torch.ops.fusedloss
+
+
+def _needs(streams: Sequence[Tensor | None]) -> list[bool]:
+    grad = torch.is_grad_enabled()
+    return [t is not None and grad and t.requires_grad for t in streams]
+
+
+def _dense(spec: ops.Spec, streams: Sequence[Tensor | None]) -> DenseScores:
+    scale = spec.scale if streams[5] is None else streams[5]
+    return DenseScores(dense_scores(*streams[:5], spec.softcap, scale, ops.DTYPES[spec.multiply]))
+
+
+def _scaled(gradient: Tensor, factor: Tensor, like: Tensor, in_place: bool) -> Tensor:
+    """factor · gradient in the type of `like`; in place where the type allows and nobody else holds the buffer."""
+    if gradient.dtype != like.dtype:
+        if not in_place:
+            return (gradient * factor).to(like.dtype)
+        return torch.mul(gradient, factor, out=empty(like.shape, like.dtype, like.device))
+    if not in_place:
+        return gradient * factor
+    # A read of a CPU scalar is free, and 1 is what a plain loss.backward() passes.
+    if factor.device.type == "cpu" and factor.item() == 1.0:
+        return gradient
+    return gradient.mul_(factor)
+
+
+# --- statistics ------------------------------------------------------------------------------------------------------
+
+
+class _Statistics(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, text, keep, carried, *streams):
+        values, columns, states = _op.statistics(text, *streams, keep, carried)
+        ctx.text, ctx.keep, ctx.carried = text, keep, carried
+        ctx.save_for_backward(*streams, states)
+        ctx.mark_non_differentiable(columns, states)
+        ctx.set_materialize_grads(False)
+        return values, columns, states
+
+    @staticmethod
+    def backward(ctx, grad, _columns, _states):
+        none = (None, None, None)
+        if grad is None:
+            return *none, *([None] * STREAMS)
+        *streams, states = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[len(none) :])
+        if torch.is_grad_enabled():
+            return *none, *_dense_statistics_gradient(ctx, streams, grad, needs)
+        found = _op.statistics_backward(ctx.text, *streams, ctx.keep, ctx.carried, states, grad, needs)
+        return *none, *[g if n else None for g, n in zip(found, needs)]
+
+
+def _dense_statistics_gradient(ctx, streams, grad, needs) -> list[Tensor | None]:
+    spec = decode(ctx.text)
+    scores = _dense(spec, streams)
+    if ctx.keep is not None:
+        grad = torch.where(ctx.keep.unsqueeze(1), grad, 0.0)
+    values = torch.cat([s.value(s.of(scores.z, 0)) for s in ops.skeletons(spec, ctx.carried)], 1)
+    return _gradients(values, streams, grad.to(values.dtype), needs)
+
+
+def _gradients(output, streams, grad, needs) -> list[Tensor | None]:
+    wanted = [t for t, n in zip(streams, needs) if n]
+    found = iter(torch.autograd.grad(output, wanted, grad, create_graph=True, allow_unused=True))
+    return [next(found) if n else None for n in needs]
+
+
+def _setup_statistics(ctx, inputs, output):
+    text, *rest = inputs
+    ctx.text, ctx.carried, ctx.keep = text, rest[7], rest[6]
+    ctx.save_for_backward(*rest[:6], output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _statistics_formula(ctx, grad, _columns, _states):
+    *streams, states = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[1 : 1 + STREAMS])
+    after = (None, [None] * len(ctx.carried))
+    if grad is None:
+        return None, *([None] * STREAMS), *after
+    found = _op.statistics_backward(ctx.text, *streams, ctx.keep, ctx.carried, states, grad, needs)
+    return None, *[g if n else None for g, n in zip(found, needs)], *after
+
+
+torch.library.register_autograd("fusedloss::statistics", _statistics_formula, setup_context=_setup_statistics)
+
+
+def statistics(text: str, streams: Sequence[Tensor | None], keep: Tensor | None, carried: list[Tensor]):
+    """(values, columns, states) of the statistics that `text` names; differentiable in the streams."""
+    if torch.compiler.is_compiling():
+        return _op.statistics(text, *streams, keep, carried)
+    return _Statistics.apply(text, keep, carried, *streams)
+
+
+# --- weighted total of row losses ------------------------------------------------------------------------------------
+
+
+class _WeightedTotal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, text, needs, keep, rows, shared, row_factor, *streams):
+        total, losses, *ctx.gradients = _op.eager_gradient(text, *streams, keep, row_factor, rows, shared, needs)
+        ctx.text, ctx.needs, ctx.keep, ctx.rows, ctx.shared = text, needs, keep, rows, shared
+        ctx.save_for_backward(*streams, row_factor, losses)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        *streams, row_factor, losses = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _dense_total_gradient(ctx, streams, row_factor, grad)
+        stored, ctx.gradients = ctx.gradients, None
+        if stored is None:  # a second backward: the first one gave the buffers away
+            text, needs = ctx.text, ctx.needs
+            _, _, *stored = _op.eager_gradient(text, *streams, ctx.keep, row_factor, ctx.rows, ctx.shared, needs)
+        found = [_scaled(g, grad, t, in_place=True) if n else None for g, t, n in zip(stored, streams, ctx.needs)]
+        by_factor = grad * losses if ctx.needs_input_grad[5] else None
+        return None, None, None, None, None, by_factor, *found
+
+
+def _dense_total_gradient(ctx, streams, row_factor, grad):
+    spec = decode(ctx.text)
+    losses = ops.PROGRAMS[spec.program].call(_dense(spec, streams), ctx.rows, ctx.shared)
+    if ctx.keep is not None:
+        losses = torch.where(ctx.keep, losses, 0.0)
+    total = (losses * row_factor).sum()
+    needs = [*ctx.needs, ctx.needs_input_grad[5]]
+    *found, by_factor = _gradients(total, [*streams, row_factor], grad, needs)
+    return None, None, None, None, None, by_factor, *found
+
+
+def _setup_total(ctx, inputs, output):
+    _, *rest = inputs
+    ctx.lists = len(rest[8]), len(rest[9])
+    ctx.needs = rest[10]
+    total, losses, *gradients = output
+    ctx.save_for_backward(*rest[:6], losses, *gradients)
+    ctx.set_materialize_grads(False)
+
+
+def _total_formula(ctx, grad, *_):
+    saved = ctx.saved_tensors
+    streams, losses, gradients = saved[:STREAMS], saved[STREAMS], saved[STREAMS + 1 :]
+    rows, shared = ctx.lists
+    found, by_factor = [None] * STREAMS, None
+    if grad is not None:
+        found = [_scaled(g, grad, t, in_place=False) if n else None for g, t, n in zip(gradients, streams, ctx.needs)]
+        by_factor = grad * losses if ctx.needs_input_grad[8] else None
+    return None, *found, None, by_factor, [None] * rows, [None] * shared, None
+
+
+torch.library.register_autograd("fusedloss::eager_gradient", _total_formula, setup_context=_setup_total)
+
+
+def weighted_total(
+    text: str,
+    streams: Sequence[Tensor | None],
+    keep: Tensor | None,
+    row_factor: Tensor,
+    rows: list[Tensor],
+    shared: list[Tensor],
+) -> Tensor:
+    """Σ_i row_factor_i · loss_i of the traced loss that `text` names, with the gradients computed on the way."""
+    needs = _needs(streams)
+    if torch.compiler.is_compiling():
+        return _op.eager_gradient(text, *streams, keep, row_factor, rows, shared, needs)[0]
+    return _WeightedTotal.apply(text, needs, keep, rows, shared, row_factor, *streams)

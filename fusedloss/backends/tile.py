@@ -1,0 +1,75 @@
+"""What a backend is given: a tile of raw scores and how they are meant."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Tile:
+    """A block of raw scores a (n rows × m classes from class ``first`` on) that stand for
+
+    z_ij = class_scale_j · scale · cap(a_ij + bias_j) + class_shift_j,   cap(t) = softcap · tanh(t / softcap).
+    """
+
+    data: Tensor
+    first: int = 0
+    bias: Tensor | None = None
+    class_scale: Tensor | None = None
+    class_shift: Tensor | None = None
+    softcap: float = 0.0
+    scale: float | Tensor = 1.0
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return torch.float64 if self.data.dtype == torch.float64 else torch.float32
+
+    def capped(self, a: Tensor) -> Tensor:
+        """cap(a + bias)."""
+        if self.bias is not None:
+            a = a + self.bias.to(a.dtype)
+        return self.softcap * torch.tanh(a / self.softcap) if self.softcap else a
+
+    def scores(self) -> Tensor:
+        """z, in float32 (float64 for float64 tiles). Plain differentiable PyTorch."""
+        z = self.capped(self.data.to(self.compute_dtype))
+        if not (isinstance(self.scale, float) and self.scale == 1.0):
+            z = z * self.scale
+        if self.class_scale is not None:
+            z = z * self.class_scale.to(z.dtype)
+        if self.class_shift is not None:
+            z = z + self.class_shift.to(z.dtype)
+        # A softcap maps -inf to a finite score; a masked class stays masked.
+        return z.masked_fill(self.data == -torch.inf, -torch.inf) if self.softcap else z
+
+
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """Sums that the gradient primitive gathers on its way, all added to; None where nobody asked.
+
+    bias (m,): Σ_i ∂L/∂a_ij · class_shift (m,): Σ_i ∂L/∂z_ij · class_scale (m,): Σ_i ∂L/∂z_ij · scale · cap(…)
+    scale (): Σ_ij ∂L/∂z_ij · class_scale_j · cap(…) · largest (m,): max_i |∂L/∂a_ij|
+    """
+
+    bias: Tensor | None = None
+    class_scale: Tensor | None = None
+    class_shift: Tensor | None = None
+    scale: Tensor | None = None
+    largest: Tensor | None = None
+
+    def taking(self, columns: slice) -> Sums:
+        cut = [None if s is None else s[columns] for s in (self.bias, self.class_scale, self.class_shift)]
+        return Sums(*cut, self.scale, None if self.largest is None else self.largest[columns])
+
+
+@dataclass(frozen=True, eq=False)
+class Exponentials:
+    """What is kept of a tile between its two passes where that is enough: e_ij = exp(z_ij − shift_i), 0 where the
+    log-sum-exp does not look. One exponential per score instead of two, and a relative rounding error that does not
+    grow with the scores, as that of scores kept in half precision does."""
+
+    data: Tensor  # (n, m), in the type of the GEMMs' operands
+    shift: Tensor  # (n,)

@@ -1,0 +1,30 @@
+"""Argument checks: every error names the function, the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+from math import inf
+
+from torch import Tensor
+
+
+def expect(condition: bool, function: str, argument: str, expected: str, got: object, error: type = ValueError) -> None:
+    if not condition:
+        shown = tuple(got.shape) if hasattr(got, "shape") else got
+        raise error(f"{function}: {argument}: expected {expected}, got {shown}")
+
+
+def check_reduction(function: str, reduction: str) -> None:
+    # torch raises ValueError with this wording; callers match on it.
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"{function}: reduction: {reduction} is not a valid value for reduction; expected none, mean or sum")
+
+
+def check_number(function: str, argument: str, value: object, low: float = -inf, high: float = inf, *, above: bool = False) -> None:
+    """A hyperparameter in [low, high], in (low, high] with `above`; the value of a 0-dimensional tensor is not read."""
+    bounds = f"{'(' if above else '['}{low:g}, {high:g}]"
+    if isinstance(value, Tensor):
+        expect(value.dim() == 0, function, argument, f"a number in {bounds}, or a 0-dimensional tensor", value)
+    else:
+        number = isinstance(value, (int, float)) and value - value == 0  # neither infinite nor NaN
+        inside = number and (low < value if above else low <= value) and value <= high
+        expect(inside, function, argument, f"a number in {bounds}", value, ValueError if number else TypeError)

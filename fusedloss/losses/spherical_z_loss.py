@@ -1,0 +1,52 @@
+"""The Z-loss of the spherical family: a logistic loss on the target's standard score. Not PaLM's log-partition penalty."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..checks import check_number, expect
+from ..numerics import softplus
+from ..row_loss import row_loss
+from ..statistics import Moments, Score
+
+
+@row_loss
+def spherical_z_loss(
+    scores, target, *, a: float | Tensor = 1.0, b: float | Tensor = 0.0, eps: float | Tensor = 1e-6
+):
+    """Spherical Z-loss: L = (1/a) softplus(a (b − ζ)), ζ = (s_y − μ) / σ, with μ, σ the mean and deviation of the scores.
+
+    Alexandre de Brébisson and Pascal Vincent, "The Z-loss: a shift and scale invariant classification loss belonging to
+    the Spherical Family", 2016, arXiv 1604.08859. Statistics are centred (Chan's rule), so nothing cancels where
+    |μ| ≫ σ. Needs V ≥ 2. |ζ| ≤ √(V − 1): tune a and b again when V changes.
+
+        a: sharpness > 0. b: location.
+        eps: a row with σ ≤ eps counts as constant: ζ = 0 and its gradient is 0. (The authors' code divides by σ + 1e-12,
+            which makes rounding errors of a constant row into a gradient of 1e12.)
+    """
+    name = "spherical_z_loss"
+    expect(scores.columns >= 2, name, "scores", "at least two classes", scores.columns)
+    check_number(name, "a", a, 0, above=True)
+    check_number(name, "b", b)
+    check_number(name, "eps", eps, 0)
+    (count, mean, squares), hit = scores.reduce(Moments(), Score(target))
+    variance = squares / count.clamp(min=1)
+    varied = variance > eps * eps
+    # Chosen before the root and the quotient: behind them, the NaN of a constant row would reach the gradient.
+    away = torch.where(varied, hit - mean, 0.0)
+    zeta = away / torch.where(varied, variance, 1.0).sqrt()
+    return softplus(a * (b - zeta)) / a
+
+
+def reference(logits: Tensor, target: Tensor, a=1.0, b=0.0, eps=1e-6) -> Tensor:
+    """(N,) losses, densely; rows that are not constant. Masked classes are left out of mean and deviation."""
+    seen = logits != -torch.inf
+    known = torch.where(seen, logits, 0.0)
+    mean = known.sum(1, keepdim=True) / seen.sum(1, keepdim=True)
+    variance = torch.where(seen, known - mean, 0.0).square().sum(1) / seen.sum(1)
+    zeta = (logits.gather(1, target[:, None]) - mean)[:, 0] / variance.sqrt()
+    return softplus(a * (b - zeta)) / a
+
+
+CASES = ({}, {"a": 2.0, "b": 1.5})

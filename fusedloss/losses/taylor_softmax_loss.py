@@ -1,0 +1,37 @@
+"""Log-Taylor-softmax: the softmax's exponential replaced by its second-order Taylor polynomial."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..relation import Rest
+from ..row_loss import row_loss
+from ..statistics import Moments, Score
+
+
+def _taylor(s: Tensor) -> Tensor:
+    """1 + s + s²/2 as a sum of positive terms."""
+    return ((1 + s).square() + 1) / 2
+
+
+@row_loss
+def taylor_softmax_loss(scores, target):
+    """Log-Taylor-softmax loss: L = −log(f(s_y) / Σ_j f(s_j)), f(s) = 1 + s + s²/2.
+
+    Alexandre de Brébisson and Pascal Vincent, "An Exploration of Softmax Alternatives Belonging to the Spherical Loss
+    Family", ICLR 2016, arXiv 1511.05042. Second order only. f falls below s = −1: rank classes by |1 + s|, not by s.
+    """
+    (count, mean, squares), hit = scores.reduce(Moments(where=Rest(target)), Score(target))
+    others = count * _taylor(mean) + squares / 2  # Σ_{j≠y} f(s_j), all terms positive
+    return torch.log1p(others / _taylor(hit))
+
+
+def reference(logits: Tensor, target: Tensor) -> Tensor:
+    """(N,) losses, densely; masked classes are left out."""
+    seen = logits != -torch.inf
+    f = torch.where(seen, 1 + torch.where(seen, logits, 0.0) + torch.where(seen, logits, 0.0).square() / 2, 0.0)
+    return f.sum(1).log() - f.gather(1, target[:, None])[:, 0].log()
+
+
+CASES = ({},)

@@ -1,0 +1,294 @@
+"""The operators: whole walks as opaque `torch.library` ops on plain tensors, and their autograd.
+
+* ``fusedloss::checked_target``   targets as safe int64 and which rows count; raises on a target out of range
+* ``fusedloss::statistics``       statistics of scores (forward of the recompute schedule)
+* ``fusedloss::statistics_backward``
+* ``fusedloss::eager_gradient``   the weighted sum of per-row losses, the losses, and the sum's gradients, in one walk
+
+An op's first argument ``spec`` is a string that names everything static (`Spec`); the tensors follow. In eager mode
+the ops run inside `torch.autograd.Function`s, which can hand stored gradients over without a copy and, for
+``create_graph=True``, differentiate the plain PyTorch formula; under `torch.compile` their registered autograd is used.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .backends.tile import Sums
+from .memory import empty
+from .schedule import Gradients, Plan, Stream, Walk, accumulation_dtype, eager_sweep, gradient_sweep, keeps_exponentials, plan, statistics_sweep, waiting_dtype
+from .statistics import Statistic, build
+from .trace import PROGRAMS
+
+DTYPES = {str(d): d for d in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Everything about a call that is not a tensor."""
+
+    statistics: tuple  # Statistic.static() of each
+    softcap: float
+    scale: float
+    multiply: str  # the type in which x and W are multiplied (autocast), as str(dtype)
+    walk: Walk
+    program: str = ""  # key of a traced loss (eager_gradient only)
+
+
+@torch.compiler.assume_constant_result
+def encode(statistics: tuple, softcap: float, scale: float, multiply: str, walk: tuple, program: str) -> str:
+    """The string that `decode` reads; a constant under torch.compile."""
+    return repr((statistics, softcap, scale, multiply, walk, program))
+
+
+@lru_cache(maxsize=4096)
+def decode(text: str) -> Spec:
+    # Infinity has no literal in Python; a loss may well be called "info".
+    statistics, softcap, scale, multiply, walk, program = ast.literal_eval(re.sub(r"\binf\b", "2e308", text))
+    return Spec(statistics, softcap, scale, multiply, Walk(*walk), program)
+
+
+STREAMS = "Tensor x, Tensor? weight, Tensor? bias, Tensor? class_scale, Tensor? class_shift, Tensor? scale, Tensor? keep"
+GRADIENTS = "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor"  # of the first six, empty where not needed
+
+torch.library.define("fusedloss::checked_target", "(Tensor target, SymInt columns, SymInt ignore_index, str name) -> (Tensor, Tensor)")
+torch.library.define("fusedloss::statistics", f"(str spec, {STREAMS}, Tensor[] carried) -> (Tensor, Tensor, Tensor)")
+torch.library.define(
+    "fusedloss::statistics_backward",
+    f"(str spec, {STREAMS}, Tensor[] carried, Tensor states, Tensor grad, bool[] needs) -> ({GRADIENTS})",
+)
+torch.library.define(
+    "fusedloss::eager_gradient",
+    f"(str spec, {STREAMS}, Tensor row_factor, Tensor[] rows, Tensor[] shared, bool[] needs) -> (Tensor, Tensor, {GRADIENTS})",
+)
+
+
+# --- targets -------------------------------------------------------------------------------------------------------
+
+
+@torch.library.impl("fusedloss::checked_target", "CompositeExplicitAutograd")
+def _checked_target(target: Tensor, columns: int, ignore_index: int, name: str) -> tuple[Tensor, Tensor]:
+    target = target.long()  # a narrow type would wrap columns and ignore_index around
+    keep = target != ignore_index
+    bad = ((target < 0) | (target >= columns)) & keep
+    if bad.any():
+        where = bad.nonzero()[0].tolist()
+        value = target[tuple(where)].item()
+        place = ", ".join(map(str, where))
+        raise IndexError(
+            f"{name}: target[{place}] = {value} is out of range: expected 0 <= target < {columns} or ignore_index = {ignore_index}"
+        )
+    return torch.where(keep, target, 0), keep
+
+
+@torch.library.register_fake("fusedloss::checked_target")
+def _checked_target_fake(target, columns, ignore_index, name):
+    return torch.empty_like(target, dtype=torch.int64), torch.empty_like(target, dtype=torch.bool)
+
+
+# --- from op arguments to a stream -----------------------------------------------------------------------------------
+
+
+def _operand(tensor: Tensor) -> Tensor:
+    """A matrix that a GEMM can read: no stride of zero, one stride of one."""
+    expanded = any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape))
+    return tensor.contiguous() if expanded or 1 not in tensor.stride() else tensor
+
+
+def _stream(spec: Spec, x, weight, bias, class_scale, class_shift, scale, keep) -> Stream:
+    multiply = DTYPES[spec.multiply]
+    kept = None
+    if keep is not None and not keep.all():
+        kept = keep.nonzero().squeeze(1)
+    if weight is None and x.shape[1] > 1 and x.stride(1) != 1:
+        x = x.contiguous()
+    vectors = [None if v is None else v.detach().to(accumulation_dtype(multiply)).contiguous() for v in (bias, class_scale, class_shift)]
+    return Stream(
+        _operand(x) if weight is not None else x,
+        None if weight is None else _operand(weight.to(multiply)),
+        *vectors,
+        spec.softcap,
+        spec.scale if scale is None else scale.item(),
+        kept,
+        backends.choose(x.device, multiply, spec.walk.backend),
+    )
+
+
+def _statistics(spec: Spec, carried: list[Tensor], kept: Tensor | None) -> list[Statistic]:
+    tensors = list(carried)
+    stats = [build(static, tensors) for static in spec.statistics]
+    return stats if kept is None else [s.taking(kept) for s in stats]
+
+
+def _recompute_layout(stream: Stream, walk: Walk) -> Plan:
+    if stream.weight is None:  # logits: a few rows at a time, so that both passes of a row meet it in the caches
+        rows = max(1, min(stream.rows, (16 << 20) // max(1, stream.columns * stream.dtype.itemsize)))
+        return Plan("logits", rows, -(-stream.rows // rows), max(1, stream.columns), 0, 0, 0)
+    return plan(stream.rows, stream.x.shape[1], stream.columns, stream.dtype, replace(walk, schedule="recompute"))
+
+
+def _whole(stream: Stream, part: Tensor, rows: int) -> Tensor:
+    """Row results of the kept rows, back among all rows; the others are 0."""
+    if stream.kept is None:
+        return part
+    return part.new_zeros(rows, *part.shape[1:]).index_copy_(0, stream.kept, part)
+
+
+# --- statistics and their gradient -----------------------------------------------------------------------------------
+
+
+@torch.library.impl("fusedloss::statistics", "CompositeExplicitAutograd")
+def _statistics_forward(text, x, weight, bias, class_scale, class_shift, scale, keep, carried):
+    spec = decode(text)
+    stream = _stream(spec, x, weight, bias, class_scale, class_shift, scale, keep)
+    stats = _statistics(spec, carried, stream.kept)
+    states = statistics_sweep(stream, stats, _recompute_layout(stream, spec.walk))
+    dtype = accumulation_dtype(stream.dtype)
+    values = torch.cat([s.value(state).to(dtype) for s, state in zip(stats, states)], 1)
+    columns = [s.columns(state) for s, state in zip(stats, states) if hasattr(s, "columns") and callable(s.columns)]
+    columns = torch.cat(columns, 1) if columns else torch.empty(stream.rows, 0, dtype=torch.int64, device=x.device)
+    return tuple(_whole(stream, t, x.shape[0]) for t in (values, columns, torch.cat(states, 1)))
+
+
+def skeletons(spec: Spec, carried) -> list[Statistic]:
+    tensors = list(carried)
+    return [build(static, tensors) for static in spec.statistics]
+
+
+@torch.library.register_fake("fusedloss::statistics")
+def _statistics_fake(text, x, weight, bias, class_scale, class_shift, scale, keep, carried):
+    spec = decode(text)
+    stats = skeletons(spec, carried)
+    n = x.shape[0]
+    return (
+        x.new_empty(n, sum(s.outputs for s in stats), dtype=accumulation_dtype(DTYPES[spec.multiply])),
+        x.new_empty(n, sum(s.k for s in stats if hasattr(s, "k")), dtype=torch.int64),
+        x.new_empty(n, sum(s.width for s in stats), dtype=torch.float64),
+    )
+
+
+def _zeros(shape, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def _gradient_buffers(stream: Stream, x, weight, needs) -> tuple[Gradients, list[Tensor]]:
+    """Buffers to fill and, in the order of the op's outputs, the gradients they become."""
+    wide = accumulation_dtype(stream.dtype)
+    fresh = _zeros if stream.rows == 0 else empty
+    rows = _zeros if stream.kept is not None else fresh
+    dx = rows(x.shape, x.dtype if weight is None else waiting_dtype(x.dtype), x.device) if needs[0] else None
+    dw = fresh(weight.shape, waiting_dtype(weight.dtype), x.device) if weight is not None and needs[1] else None
+    vectors = [torch.zeros(stream.columns, dtype=wide, device=x.device) if n else None for n in needs[2:5]]
+    total = torch.zeros((), dtype=torch.float64, device=x.device) if needs[5] else None
+    return Gradients(dx, dw, Sums(*vectors, total)), [dx, dw, *vectors, total]
+
+
+def _peak(stream: Stream, factors: Tensor) -> Tensor | None:
+    """In float16 score gradients of a mean over 10^4 rows underflow: they are formed relative to the largest factor."""
+    if stream.dtype != torch.float16 or stream.weight is None or factors.numel() == 0:
+        return None
+    peak = factors.abs().max()
+    return torch.where((peak == 0) | ~peak.isfinite(), 1.0, peak)
+
+
+def _rescale(gradients: list[Tensor | None], peak: Tensor | None) -> None:
+    for gradient in gradients:
+        if peak is not None and gradient is not None:
+            gradient.mul_(peak)
+
+
+def _finished(found: list[Tensor | None], like: list[Tensor | None], waiting: bool) -> tuple[Tensor, ...]:
+    """The op's outputs: an empty tensor for what was not asked; float16 ones still in fp32 when they are `waiting`."""
+    out = []
+    for gradient, source in zip(found, like):
+        if gradient is None:
+            out.append(torch.empty(0, dtype=torch.float32, device=like[0].device))
+        else:
+            out.append(gradient.to(waiting_dtype(source.dtype) if waiting else source.dtype))
+    return tuple(out)
+
+
+def _finished_fakes(needs, like: list[Tensor | None], waiting: bool) -> tuple[Tensor, ...]:
+    out = []
+    for need, source in zip(needs, like):
+        if not need:
+            out.append(like[0].new_empty(0, dtype=torch.float32))
+        else:
+            dtype = waiting_dtype(source.dtype) if waiting else source.dtype
+            out.append(torch.empty_like(source, dtype=dtype, memory_format=torch.contiguous_format))
+    return tuple(out)
+
+
+@torch.library.impl("fusedloss::statistics_backward", "CompositeExplicitAutograd")
+def _statistics_backward(text, x, weight, bias, class_scale, class_shift, scale, keep, carried, states, grad, needs):
+    spec = decode(text)
+    stream = _stream(spec, x, weight, bias, class_scale, class_shift, scale, keep)
+    stats = _statistics(spec, carried, stream.kept)
+    take = (lambda t: t) if stream.kept is None else (lambda t: t.index_select(0, stream.kept))
+    split_states = [t.contiguous() for t in take(states).split([s.width for s in stats], 1)]
+    split_grad = [t.contiguous() for t in take(grad).split([s.outputs for s in stats], 1)]
+    into, found = _gradient_buffers(stream, x, weight, needs)
+    peak = _peak(stream, grad)
+    if peak is not None:
+        split_grad = [g / peak for g in split_grad]
+    gradient_sweep(stream, stats, split_states, split_grad, into, _recompute_layout(stream, spec.walk))
+    _rescale(found, peak)
+    return _finished(found, [x, weight, bias, class_scale, class_shift, scale], waiting=False)
+
+
+@torch.library.register_fake("fusedloss::statistics_backward")
+def _statistics_backward_fake(text, x, weight, bias, class_scale, class_shift, scale, keep, carried, states, grad, needs):
+    return _finished_fakes(needs, [x, weight, bias, class_scale, class_shift, scale], waiting=False)
+
+
+# --- losses that separate over rows: everything in one walk -----------------------------------------------------------
+
+
+@torch.library.impl("fusedloss::eager_gradient", "CompositeExplicitAutograd")
+def _eager_gradient(text, x, weight, bias, class_scale, class_shift, scale, keep, row_factor, rows, shared, needs):
+    spec = decode(text)
+    program = PROGRAMS[spec.program]
+    stream = _stream(spec, x, weight, bias, class_scale, class_shift, scale, keep)
+    kept_rows = [stream.take(t, slice(None)) for t in rows] if stream.kept is not None else list(rows)
+    factor = stream.take(row_factor, slice(None)) if stream.kept is not None else row_factor
+    stats = program.statistics(kept_rows, shared)
+    into, found = _gradient_buffers(stream, x, weight, needs)
+    peak = _peak(stream, factor)
+    lifted = factor if peak is None else factor / peak
+    dtype = accumulation_dtype(stream.dtype)
+    losses = torch.empty(stream.rows, dtype=dtype, device=x.device)
+
+    def step(chunk: slice, states: list[Tensor]) -> list[Tensor]:
+        values = [s.value(state).to(dtype) for s, state in zip(stats, states)]
+        columns = [s.columns(state) if hasattr(s, "k") else None for s, state in zip(stats, states)]
+        mine = [t[chunk] for t in kept_rows]
+        losses[chunk], coefficients = program.step(values, columns, mine, shared, lifted[chunk].to(dtype))
+        return coefficients
+
+    exponentials = keeps_exponentials(stream, stats, into.sums)
+    gradient_dtype = None if weight is None else weight.dtype
+    layout = plan(stream.rows, x.shape[1], stream.columns, stream.dtype, spec.walk, exponentials, gradient_dtype)
+    if layout.schedule == "eager":
+        largest = lifted.abs().max().item() if stream.rows and spec.walk.gradient_filter else 0.0
+        eager_sweep(stream, stats, step, into, layout, spec.walk.gradient_filter * largest)
+    else:
+        states = statistics_sweep(stream, stats, layout)
+        gradient_sweep(stream, stats, states, step(slice(0, stream.rows), states), into, layout)
+    _rescale(found, peak)
+    total = (losses.double() * factor).sum().to(dtype)
+    gradients = _finished(found, [x, weight, bias, class_scale, class_shift, scale], waiting=True)
+    return total, _whole(stream, losses, x.shape[0]), *gradients
+
+
+@torch.library.register_fake("fusedloss::eager_gradient")
+def _eager_gradient_fake(text, x, weight, bias, class_scale, class_shift, scale, keep, row_factor, rows, shared, needs):
+    spec = decode(text)
+    losses = x.new_empty(x.shape[0], dtype=accumulation_dtype(DTYPES[spec.multiply]))
+    return losses.new_empty(()), losses, *_finished_fakes(needs, [x, weight, bias, class_scale, class_shift, scale], waiting=True)

@@ -1,0 +1,153 @@
+"""`row_loss`: from a loss on statistics of one row to a public loss function."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import autograd, trace
+from .checks import check_reduction, expect
+from .scores import Scores, as_scores
+
+COMMON = """
+    Common arguments:
+        scores: logits (*leading, V), or `linear_scores(x, weight, …)`, whose score matrix is never stored.
+        weight: (V,) class weights; row i counts weight[target_i] times.
+        row_weight: (*leading) weights of the rows, differentiable.
+        ignore_index: rows with this target count nothing, have loss 0 and gradient exactly 0, and cost no GEMM.
+        reduction: "mean" divides the weighted sum by the sum of the weights of the rows that count (0 when there are
+            none), "sum", or "none" (weighted losses of shape *leading).
+    Returns a float32 loss (float64 for float64 scores), also for half-precision scores.
+    Raises ValueError or TypeError for bad arguments, IndexError for a target out of range, before anything is computed.
+"""
+
+
+def integral(target: Tensor) -> bool:
+    return target.dtype in (torch.int64, torch.int32, torch.int16, torch.uint8)
+
+
+def checked_target(name: str, scores: Scores, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Flat int64 targets, safe to index with, and which rows count."""
+    expect(integral(target), name, "target", "an integer tensor of class indices", target.dtype, TypeError)
+    shape = tuple(scores.leading)
+    expect(tuple(target.shape) == shape, name, "target", f"shape {shape} as the scores' rows", target)
+    safe, keep = torch.ops.fusedloss.checked_target(target, scores.columns, ignore_index, name)
+    return safe.reshape(-1), keep.reshape(-1)
+
+
+def row_factors(
+    scores: Scores, keep: Tensor | None, class_weight: Tensor | None, row_weight: Tensor | None, reduction: str
+) -> Tensor:
+    """(N,) factors by which the row losses enter the result; for a mean they are divided by their own sum."""
+    rows = scores.leading.numel()
+    factor = torch.ones(rows, dtype=scores.dtype, device=scores.input.device) if keep is None else keep.to(scores.dtype)
+    if class_weight is not None:
+        factor = factor * class_weight.to(scores.dtype)
+    if row_weight is not None:
+        factor = factor * row_weight.reshape(-1).to(scores.dtype)
+    if reduction == "mean":
+        total = factor.sum()
+        # No row counts: the loss is 0, not 0/0 (torch returns NaN there), and a masked batch does no harm.
+        factor = torch.where(total == 0, 0.0, factor / torch.where(total == 0, 1.0, total))
+    return factor
+
+
+def evaluate(
+    name: str,
+    scores: Scores,
+    keep: Tensor | None,
+    factor: Tensor,
+    rows: list[Tensor],
+    shared: dict[str, Tensor],
+    options: dict[str, object],
+    reduction: str,
+) -> Tensor:
+    """Reduce the row loss registered as `name`: eagerly where it separates over row chunks, else by recomputation."""
+    scores = scores.keeping(keep)
+    names, tensors = tuple(shared), list(shared.values())
+    streams = scores.streams()
+    trained = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in streams])
+    constant = not any([t.requires_grad for t in [*rows, *tensors]])
+    if reduction != "none" and trained and constant and scores.weight is not None:
+        kinds = tuple([(str(t.dtype)[6:], tuple(t.shape[1:])) for t in rows])
+        shared_kinds = tuple([(str(t.dtype)[6:], tuple(t.shape)) for t in tensors])
+        dtype = str(scores.dtype)[6:]
+        key = trace.program_key(name, names, tuple(options.items()), kinds, shared_kinds, scores.columns, dtype)
+        if key is not None:
+            return autograd.weighted_total(scores.spec((), key), streams, keep, factor, rows, tensors)
+    losses = trace.FUNCTIONS[name](scores, *rows, **shared, **options)
+    if keep is not None:  # before the factor: an ignored row has no statistics, and its inf or NaN would reach ∂/∂factor
+        losses = torch.where(keep, losses, 0.0)
+    losses = losses * factor
+    return losses.reshape(scores.leading) if reduction == "none" else losses.sum()
+
+
+def register(function: Callable) -> Callable:
+    """Give a loss on statistics a unique key, by which `evaluate` and the ops find it."""
+    name = function.__name__
+    function.key = name if name not in trace.FUNCTIONS else f"{name}#{len(trace.FUNCTIONS)}"
+    trace.FUNCTIONS[function.key] = function
+    return function
+
+
+def row_loss(function: Callable) -> Callable:
+    """Make a loss function of a loss on statistics.
+
+    The decorated function takes `scores`, then per-row tensors (the first one the target, when it is called
+    ``target``), then keyword-only hyperparameters: numbers, or tensors that all rows share. It calls
+    ``scores.reduce(…)`` and returns (N,) losses in plain PyTorch::
+
+        @fusedloss.row_loss
+        def squentropy(scores, target):
+            lse, hit, squares = scores.reduce(LogSumExp(where=Rest(target)), Score(target), SumOfSquares(where=Rest(target)))
+            return softplus(lse - hit) + squares / (scores.columns - 1)
+
+    What comes out takes logits or linear scores of any leading shape, with class and row weights, ignore_index and
+    reduction, and runs forward and backward on every backend without storing the scores, in three GEMMs when it
+    reduces once. A second `reduce` is one more pass, and the walk then recomputes the scores.
+    """
+    parameters = list(inspect.signature(function).parameters.values())
+    per_row = [p.name for p in parameters[1:] if p.kind is not p.KEYWORD_ONLY]
+    # An underscore marks the inner half of a loss that prepares its arguments first; its errors name the public half.
+    name, key = function.__name__.lstrip("_"), register(function).key
+    defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
+
+    @functools.wraps(function)
+    def loss(scores, *arguments, weight=None, row_weight=None, ignore_index=-100, reduction="mean", **options):
+        check_reduction(name, reduction)
+        scores = as_scores(scores)
+        if len(arguments) != len(per_row):
+            raise TypeError(f"{name}: expected {', '.join(per_row) or 'nothing'} after scores, got {len(arguments)} arguments")
+        unknown = [o for o in options if o not in known]
+        if unknown:
+            raise TypeError(f"{name}: got an unexpected keyword argument {unknown[0]!r}")
+        rows, keep, class_weight = list(arguments), None, None
+        if per_row and per_row[0] == "target":
+            rows[0], keep = checked_target(name, scores, rows[0], ignore_index)
+            if weight is not None:
+                expect(weight.shape == (scores.columns,), name, "weight", f"({scores.columns},) class weights", weight)
+                class_weight = weight[rows[0]]
+        for number in range(0 if keep is None else 1, len(rows)):
+            extra, given = len(scores.leading), rows[number]
+            expect(given.shape[:extra] == scores.leading, name, per_row[number], f"leading shape {tuple(scores.leading)}", given)
+            rows[number] = given.reshape(scores.leading.numel(), *given.shape[extra:])
+        if row_weight is not None:
+            expect(row_weight.shape == scores.leading, name, "row_weight", f"shape {tuple(scores.leading)}", row_weight)
+        options = {**defaults, **options}
+        shared = {k: v for k, v in options.items() if isinstance(v, Tensor)}
+        plain = {k: v for k, v in options.items() if not isinstance(v, Tensor)}
+        factor = row_factors(scores, keep, class_weight, row_weight, reduction)
+        return evaluate(key, scores, keep, factor, rows, shared, plain, reduction)
+
+    known = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    common = [("weight", None), ("row_weight", None), ("ignore_index", -100), ("reduction", "mean")]
+    signature = parameters + [inspect.Parameter(n, keyword, default=d) for n, d in common]
+    loss.__signature__ = inspect.Signature(signature)
+    loss.__doc__ = inspect.cleandoc(function.__doc__ or "") + "\n\n" + inspect.cleandoc(COMMON)
+    loss.on_statistics = function
+    return loss

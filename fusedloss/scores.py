@@ -1,0 +1,221 @@
+"""Scores: the rows × classes matrix, held as what makes it and never as itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from . import autograd
+from .checks import expect
+from .dense import DenseScores, dense_scores
+from .schedule import Plan, Walk, plan
+from .statistics import Statistic
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """The one input type of every loss.
+
+    s_ij = class_scale_j · scale · cap(x_i · w_j + bias_j) + class_shift_j,   cap(t) = softcap · tanh(t / softcap)
+
+    or, when ``weight`` is None, the same with given logits in place of x_i · w_j. Every step may be left out.
+    Make one with `linear_scores` or `logits_scores`.
+    """
+
+    input: Tensor  # (*leading, D), or logits (*leading, V)
+    weight: Tensor | None = None  # (V, D)
+    bias: Tensor | None = None  # (V,)
+    class_scale: Tensor | None = None  # (V,)
+    class_shift: Tensor | None = None  # (V,)
+    softcap: float = 0.0
+    scale: float | Tensor = 1.0
+    walk: Walk = field(default_factory=Walk)
+    keep: Tensor | None = None  # (N,) bool: rows that count
+
+    @property
+    def columns(self) -> int:
+        """Number of classes V."""
+        return self.input.shape[-1] if self.weight is None else self.weight.shape[0]
+
+    @property
+    def leading(self) -> torch.Size:
+        return self.input.shape[:-1]
+
+    @property
+    def multiply_dtype(self) -> torch.dtype:
+        """The type in which x and W are multiplied: autocast's where it is on."""
+        if self.weight is None:
+            return self.input.dtype
+        kind = self.input.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.weight.dtype
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of statistics and losses: float64 for float64 scores, float32 for all others."""
+        return torch.float64 if self.multiply_dtype == torch.float64 else torch.float32
+
+    def streams(self) -> tuple[Tensor | None, ...]:
+        """The tensors that gradients may flow into, in the ops' order."""
+        flat = self.input.reshape(self.leading.numel(), self.input.shape[-1])
+        scale = self.scale if isinstance(self.scale, Tensor) else None
+        return (flat, self.weight, self.bias, self.class_scale, self.class_shift, scale)
+
+    def spec(self, statistics: tuple, program: str = "") -> str:
+        scale = 1.0 if isinstance(self.scale, Tensor) else self.scale
+        walk = self.walk
+        options = (walk.memory_budget, walk.schedule, walk.gradient_filter, walk.backend)
+        return autograd.encode(statistics, self.softcap, scale, str(self.multiply_dtype), options, program)
+
+    def keeping(self, keep: Tensor | None) -> Scores:
+        """The same scores where only some rows count; the others cost nothing."""
+        return Scores(
+            self.input, self.weight, self.bias, self.class_scale, self.class_shift, self.softcap, self.scale, self.walk, keep
+        )
+
+    def adjusted(self, class_scale: Tensor | None = None, class_shift: Tensor | None = None) -> Scores:
+        """Scores with class_scale_j · s_ij + class_shift_j in place of s_ij."""
+        old_scale, old_shift = self.class_scale, self.class_shift
+        if class_scale is not None:
+            old_shift = None if old_shift is None else old_shift * class_scale
+            old_scale = class_scale if old_scale is None else old_scale * class_scale
+        if class_shift is not None:
+            old_shift = class_shift if old_shift is None else old_shift + class_shift
+        return Scores(
+            self.input, self.weight, self.bias, old_scale, old_shift, self.softcap, self.scale, self.walk, self.keep
+        )
+
+    def at_columns(self, columns: Tensor) -> Scores:
+        """Scores of the classes ``columns`` (k,) only, in that order; the others are not computed."""
+        vectors = (self.weight, self.bias, self.class_scale, self.class_shift)
+        picked = [None if v is None else v.index_select(0, columns) for v in vectors]
+        input = self.input.index_select(-1, columns) if self.weight is None else self.input
+        return Scores(input, *picked, self.softcap, self.scale, self.walk, self.keep)
+
+    def reduce(self, *statistics: Statistic) -> object:
+        """Statistics of every row, differentiable, in one pass over the scores.
+
+        Returns one value for one statistic, else a list in order: (N,) tensors, (N, k) where a statistic has k values
+        per row, (value, column) for `Max`, `Min` and `TopK`. Their type is `Scores.dtype`. Rows that do not count
+        (`keep`) get 0. Backward computes the scores a second time.
+        """
+        tensors = [t for s in statistics for _, _, t in s.tensors()]
+        if any(t.requires_grad for s in statistics for name, _, t in s.tensors() if name != "row"):
+            return self.dense().reduce(*statistics)
+        text = self.spec(tuple([s.static() for s in statistics]))
+        carried = [t.detach() if t.is_floating_point() else t for t in tensors]
+        values, columns, states = autograd.statistics(text, self.streams(), self.keep, carried)
+        shown, at, column_at, state_at = [], 0, 0, 0
+        for s in statistics:
+            value = values[:, at : at + s.outputs]
+            row = getattr(s, "row", None)
+            if row is not None and row.requires_grad:
+                slope = -s.factor * states[:, state_at + 1 : state_at + 2].to(value.dtype)
+                value = value + slope * (row - row.detach()).unsqueeze(1)  # zero, with the row parameter's gradient
+            found = getattr(s, "k", 0)
+            shown.append(s.present(value, columns[:, column_at : column_at + found]))
+            at, column_at, state_at = at + s.outputs, column_at + found, state_at + s.width
+        return shown[0] if len(shown) == 1 else shown
+
+    def dense(self) -> DenseScores:
+        """The same scores as a dense matrix in plain PyTorch: any order of derivative, and all the memory."""
+        return DenseScores(dense_scores(*self.streams()[:5], self.softcap, self.scale, self.multiply_dtype))
+
+    def plan(self) -> Plan:
+        """How a loss that separates over rows would walk these scores, and the memory it takes."""
+        flat = self.streams()[0]
+        return plan(flat.shape[0], flat.shape[1], self.columns, self.multiply_dtype, self.walk)
+
+
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_KINDS = "float64, float32, bfloat16 or float16"
+
+
+def check_logits(name: str, argument: str, logits: Tensor, classes: int) -> None:
+    expect(logits.dtype in FLOATING, name, argument, _KINDS, logits.dtype, TypeError)
+    expect(classes > 0, name, argument, "at least one class", logits)
+
+
+def check_linear(name: str, input: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> None:
+    """Checks of a linear layer whose weight (V, …, D) and bias (V, …) are called ``prefix`` + weight, bias."""
+    of_weight, of_bias = f"{prefix}weight", f"{prefix}bias"
+    expect(isinstance(input, Tensor) and input.dim() >= 1, name, "input", "a tensor (*leading, D)", input)
+    expect(isinstance(weight, Tensor) and weight.dim() >= 2, name, of_weight, "a tensor (V, D)", weight)
+    expect(input.shape[-1] == weight.shape[-1], name, of_weight, f"(V, {input.shape[-1]}) to match input", weight)
+    expect(weight.shape[0] > 0, name, of_weight, "at least one class", weight)
+    expect(bias is None or bias.shape == weight.shape[:-1], name, of_bias, f"{tuple(weight.shape[:-1])}", bias)
+    for argument, tensor in (("input", input), (of_weight, weight), (of_bias, bias)):
+        expect(tensor is None or tensor.dtype in FLOATING, name, argument, _KINDS, getattr(tensor, "dtype", None), TypeError)
+    autocast = torch.is_autocast_enabled(input.device.type)
+    expect(autocast or input.dtype == weight.dtype, name, of_weight, f"{input.dtype} as input", weight.dtype, TypeError)
+
+
+def linear_scores(
+    input: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float | Tensor = 1.0,
+    temperature: float = 1.0,
+    memory_budget: int = Walk.memory_budget,
+    schedule: str = "auto",
+    gradient_filter: float = 0.0,
+    backend: str = "auto",
+) -> Scores:
+    """Scores of a linear output layer, scale · cap(x · Wᵀ + bias) / temperature, that are never stored.
+
+    Args:
+        input: (*leading, D) hidden states; float64, float32, bfloat16 or float16.
+        weight: (V, D), of the same type (under autocast both are multiplied in autocast's type).
+        bias: (V,), added before the softcap.
+        softcap: cap(t) = softcap · tanh(t / softcap), > 0 (Gemma 2, arXiv 2408.00118); None leaves it out.
+        scale: number, or a 0-dimensional tensor that may be learnable; multiplies after the softcap.
+        temperature: > 0, divides after the softcap.
+        memory_budget: bytes that the tile of scores may take (default 256 MiB).
+        schedule: "eager" (three GEMMs, a tile of rows × V), "recompute" (four GEMMs, a tile of a few MiB), or "auto".
+        gradient_filter: opt-in; in each chunk of rows leave out the classes for which every |∂L/∂s_ij| is below this
+            number times the largest row factor (1/N for a mean). Every entry of ∂L/∂s is then off by at most that much.
+        backend: "auto", or the name of one (see `fusedloss.info`).
+
+    Raises:
+        TypeError, ValueError: name the argument, what was expected and what came.
+    """
+    name = "linear_scores"
+    check_linear(name, input, weight, bias)
+    expect(weight.dim() == 2, name, "weight", "(V, D)", weight)
+    expect(schedule in ("auto", "eager", "recompute"), name, "schedule", "auto, eager or recompute", schedule)
+    expect(memory_budget > 0, name, "memory_budget", "a positive number of bytes", memory_budget)
+    expect(gradient_filter >= 0, name, "gradient_filter", "a number >= 0", gradient_filter)
+    softcap, scale = _options(name, softcap, scale, temperature)
+    walk = Walk(memory_budget, schedule, gradient_filter, backend)
+    return Scores(input, weight, bias, None, None, softcap, scale, walk)
+
+
+def logits_scores(
+    logits: Tensor,
+    *,
+    softcap: float | None = None,
+    scale: float | Tensor = 1.0,
+    temperature: float = 1.0,
+    backend: str = "auto",
+) -> Scores:
+    """Scores from given logits (*leading, V); options as in `linear_scores`."""
+    name = "logits_scores"
+    expect(isinstance(logits, Tensor) and logits.dim() >= 1, name, "logits", "a tensor (*leading, V)", logits)
+    check_logits(name, "logits", logits, logits.shape[-1])
+    softcap, scale = _options(name, softcap, scale, temperature)
+    return Scores(logits, None, None, None, None, softcap, scale, Walk(backend=backend))
+
+
+def _options(name: str, softcap: float | None, scale: float | Tensor, temperature: float) -> tuple[float, float | Tensor]:
+    expect(softcap is None or softcap > 0, name, "softcap", "a number > 0 or None", softcap)
+    expect(temperature > 0, name, "temperature", "a number > 0", temperature)
+    if isinstance(scale, Tensor):
+        expect(scale.dim() == 0, name, "scale", "a number or a 0-dimensional tensor", tuple(scale.shape))
+    return softcap or 0.0, scale if temperature == 1.0 else scale / temperature
+
+
+def as_scores(scores: Scores | Tensor) -> Scores:
+    return scores if isinstance(scores, Scores) else logits_scores(scores)

@@ -1,0 +1,134 @@
+"""From a loss on statistics to a program that an op can run on a chunk of rows.
+
+Inside an op neither autograd nor `torch.func` works under `torch.compile`, so loss and derivative are traced once,
+outside, by `make_fx` of `torch.func.grad_and_value`, with a symbolic number of rows. A program is found by its key,
+a string, because an op's arguments can hold no function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from .statistics import Statistic, build
+
+FUNCTIONS: dict[str, Callable] = {}  # row losses by unique name
+PROGRAMS: dict[str, Program] = {}
+
+
+class _Recorded(Exception):
+    def __init__(self, stats: Sequence[Statistic]):
+        self.stats = stats
+
+
+class Recorder:
+    """Stands in for `Scores` while a loss is traced: it notes what is asked for, or plays given values back."""
+
+    def __init__(self, columns: int, values: Sequence[Tensor] | None = None, found: Sequence[Tensor | None] = ()):
+        self.columns = columns
+        self._values, self._found, self._reduced = values, found, False
+
+    def reduce(self, *stats: Statistic) -> object:
+        if self._values is None:
+            raise _Recorded(stats)
+        if self._reduced:
+            raise TwoStages
+        self._reduced = True
+        shown = [s.present(v, c) for s, v, c in zip(stats, self._values, self._found)]
+        return shown[0] if len(shown) == 1 else shown
+
+
+class TwoStages(Exception):
+    """The loss reduces twice: its second pass needs values of the first, so it cannot be done in one eager walk."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """A row loss and its derivative, ready to run on chunks."""
+
+    function: Callable
+    names: tuple[str, ...]  # of the shared tensors
+    options: tuple[tuple[str, object], ...]
+    static: tuple  # of the statistics
+    prepare: Callable  # (rows, shared) -> the statistics' tensors
+    run: Callable  # (values, found columns, rows, shared, factor) -> losses, coefficients
+
+    def call(self, scores: object, rows: Sequence[Tensor], shared: Sequence[Tensor]) -> Tensor:
+        return self.function(scores, *rows, **dict(zip(self.names, shared)), **dict(self.options))
+
+    def statistics(self, rows: Sequence[Tensor], shared: Sequence[Tensor]) -> list[Statistic]:
+        tensors = list(self.prepare(list(rows), list(shared)))
+        return [build(static, tensors) for static in self.static]
+
+    def step(self, values, found, rows, shared, factor) -> tuple[Tensor, list[Tensor]]:
+        """Losses of a chunk and ∂(Σ factor · loss)/∂value of every statistic."""
+        losses, coefficients = self.run(values, found, rows, list(shared), factor)
+        return losses, coefficients
+
+
+def _example(kind: tuple[str, tuple[int, ...]], rows: int | None) -> Tensor:
+    """A tensor of the described type; the content is never looked at, so ones do."""
+    dtype, shape = kind
+    shape = shape if rows is None else (rows, *shape)
+    return torch.ones(shape, dtype=getattr(torch, dtype))
+
+
+@torch.compiler.assume_constant_result
+def program_key(
+    name: str, names: tuple, options: tuple, rows: tuple, shared: tuple, columns: int, dtype: str
+) -> str | None:
+    """Trace the loss `name` for these options and kinds of arguments, once. None when it takes two stages."""
+    key = repr((name, names, options, rows, shared, columns, dtype))
+    if key not in PROGRAMS:
+        with torch.enable_grad():
+            PROGRAMS[key] = _trace(FUNCTIONS[name], names, options, rows, shared, columns, getattr(torch, dtype))
+    return None if PROGRAMS[key] is None else key
+
+
+def _row_count(lengths: set[int]) -> int:
+    """Rows to trace with. The trace is symbolic in it, if it differs from every other length: equal ones become one symbol."""
+    return next(n for n in range(7, 8 + len(lengths)) if n not in lengths)
+
+
+def _trace(function, names, options, rows, shared, columns, dtype) -> Program | None:
+    lengths = {columns, *(length for _, shape in (*rows, *shared) for length in shape)}
+    row_examples = [_example(kind, _row_count(lengths)) for kind in rows]
+    shared_examples = [_example(kind, None) for kind in shared]
+
+    def call(scores, row_tensors, shared_tensors):
+        return function(scores, *row_tensors, **dict(zip(names, shared_tensors)), **dict(options))
+
+    recorded: list[Sequence[Statistic]] = []
+
+    def prepare(row_tensors, shared_tensors):
+        try:
+            call(Recorder(columns), row_tensors, shared_tensors)
+        except _Recorded as asked:
+            recorded.append(asked.stats)
+            return [t for s in asked.stats for _, _, t in s.tensors()]
+        raise TypeError(f"{function.__name__}: a row loss must call scores.reduce(...)")
+
+    def run(values, found, row_tensors, shared_tensors, factor):
+        def total(values):
+            losses = call(Recorder(columns, values, found), row_tensors, shared_tensors).to(factor.dtype)
+            return (losses * factor).sum(), losses
+
+        gradients, (_, losses) = torch.func.grad_and_value(total, has_aux=True)(values)
+        return losses, gradients
+
+    prepared = make_fx(prepare, tracing_mode="symbolic")(row_examples, shared_examples)
+    stats = recorded[0]
+    count = _row_count({*lengths, *(int(s.outputs) for s in stats)})
+    row_examples = [_example(kind, count) for kind in rows]
+    values = [torch.ones(count, int(s.outputs), dtype=dtype) for s in stats]
+    found = [torch.ones(count, s.k, dtype=torch.int64) if hasattr(s, "k") else None for s in stats]
+    try:
+        ran = make_fx(run, tracing_mode="symbolic")(values, found, row_examples, shared_examples, torch.ones(count, dtype=dtype))
+    except TwoStages:
+        return None
+    static = tuple(s.static() for s in stats)
+    return Program(function, names, options, static, prepared, ran)

@@ -1,0 +1,62 @@
+"""What every test gets: two threads, fixed seeds, NaN in memory that nobody filled, and each live backend in turn."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from fusedloss import backends
+
+THREADS = 2
+BY_NAME = {module.name: module for module in backends.BACKENDS}
+
+# Fixtures hold no state between hypothesis' examples, and a busy machine is no failure. Deterministic at the desk and
+# in CI; FUSEDLOSS_FUZZ=1000 looks further, at random.
+fuzz = os.environ.get("FUSEDLOSS_FUZZ")
+settings.register_profile(
+    "fusedloss",
+    deadline=None,
+    derandomize=fuzz is None,
+    max_examples=int(fuzz or 60),
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.load_profile("fusedloss")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "unpoisoned: leave torch.empty alone (torch.compile traces through it)")
+    torch.set_num_threads(THREADS)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def _poisoned(allocate):
+    def filled(*args, **kwargs):
+        tensor = allocate(*args, **kwargs)
+        return tensor.fill_(torch.nan) if tensor.is_floating_point() and kwargs.get("out") is None else tensor
+
+    return filled
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(request, monkeypatch):
+    """Float memory from torch.empty, empty_like and new_empty holds NaN until it is written."""
+    if request.node.get_closest_marker("unpoisoned"):
+        return
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+
+
+@pytest.fixture(params=sorted(BY_NAME, key=lambda name: name != "torch"))
+def backend(request, monkeypatch):
+    """Each live backend's name in turn; while it lasts, "auto" prefers that backend, and takes torch for what it lacks."""
+    missing = BY_NAME[request.param].why_not()
+    if missing is not None:
+        pytest.skip(f"backend {request.param!r} is not live here: {missing}")
+    order = dict.fromkeys([BY_NAME[request.param], BY_NAME["torch"]])
+    monkeypatch.setattr(backends, "BACKENDS", tuple(order))
+    return request.param
