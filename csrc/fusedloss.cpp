@@ -187,6 +187,22 @@ class SumsByThread {
   std::vector<double> memory_;
 };
 
+// work(kernels, first, end, the thread's own sums) on equal parts of the rows.
+template <class Work>
+int split_with_sums(const fl_tile& tile, const fl_sums* sums, const Work& work) {
+  const RowKernels* kernels = kernels_in_use();
+  const int threads = threads_for(tile);
+  try {
+    SumsByThread by_thread(sums ? *sums : fl_sums{}, threads, tile.columns);
+    split(tile.rows, threads,
+          [&](int thread, int64_t first, int64_t end) { work(*kernels, first, end, by_thread[thread]); });
+    by_thread.join();
+  } catch (const std::bad_alloc&) {
+    return fail("no memory for the column sums of %d threads", threads);
+  }
+  return 0;
+}
+
 }  // namespace
 
 extern "C" {
@@ -211,18 +227,9 @@ int fl_gradient(const fl_tile* tile, void* out, int64_t out_stride, int32_t out_
   const int64_t in_size = tile->dtype == FL_F32 ? 4 : 2, out_size = out_dtype == FL_F32 ? 4 : 2;
   if (out == tile->data && (out_size > in_size || (tile->rows > 1 && out_stride * out_size != tile->stride * in_size)))
     return fail("in place, out must be no wider than the tile, with the same row pitch in bytes");
-  const RowKernels* kernels = kernels_in_use();
-  const int threads = threads_for(*tile);
-  try {
-    SumsByThread by_thread(sums ? *sums : fl_sums{}, threads, tile->columns);
-    split(tile->rows, threads, [&](int thread, int64_t first, int64_t end) {
-      kernels->gradient(*tile, {out, out_stride, out_dtype}, statistics, count, first, end, by_thread[thread]);
-    });
-    by_thread.join();
-  } catch (const std::bad_alloc&) {
-    return fail("no memory for the column sums of %d threads", threads);
-  }
-  return 0;
+  return split_with_sums(*tile, sums, [&](const RowKernels& kernels, int64_t first, int64_t end, ColumnSums& own) {
+    kernels.gradient(*tile, {out, out_stride, out_dtype}, statistics, count, first, end, own);
+  });
 }
 
 int fl_gradient_of_exponentials(const fl_tile* tile, const fl_statistic* statistics, int32_t count,
@@ -239,18 +246,9 @@ int fl_gradient_of_exponentials(const fl_tile* tile, const fl_statistic* statist
       return fail("statistic %d: kind %d cannot be read off exponentials", i, k.kind);
   }
   if (kept != 1) return fail("expected one FL_LOGSUMEXP with its keep_shift, got %d", kept);
-  const RowKernels* kernels = kernels_in_use();
-  const int threads = threads_for(*tile);
-  try {
-    SumsByThread by_thread(sums ? *sums : fl_sums{}, threads, tile->columns);
-    split(tile->rows, threads, [&](int thread, int64_t first, int64_t end) {
-      kernels->gradient_of_exponentials(*tile, statistics, count, first, end, by_thread[thread]);
-    });
-    by_thread.join();
-  } catch (const std::bad_alloc&) {
-    return fail("no memory for the column sums of %d threads", threads);
-  }
-  return 0;
+  return split_with_sums(*tile, sums, [&](const RowKernels& kernels, int64_t first, int64_t end, ColumnSums& own) {
+    kernels.gradient_of_exponentials(*tile, statistics, count, first, end, own);
+  });
 }
 
 const char* fl_isa(void) { return kernels_in_use()->name; }

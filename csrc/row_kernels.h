@@ -4,7 +4,7 @@
 
 namespace fl {
 
-constexpr int32_t most_statistics = 32;   // in one pass
+constexpr int32_t most_statistics = 256;   // in one pass
 
 // One thread's sums over its rows, as fl_sums has them; null, or wants_scale = false: not asked for.
 struct ColumnSums {

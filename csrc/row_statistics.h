@@ -69,7 +69,7 @@ struct LogSumExp : Exponential<1> {
   V factor;
   FL_FUNCTION LogSumExp(const fl_statistic& s, float) : factor(splat<V>(s.factor)) {}
   FL_FUNCTION void phi(V z, V, V pivot, V* term) const { term[0] = exp(factor * z - pivot); }
-  FL_FUNCTION static Derivative derivative(const fl_statistic& s, const double* state, const float* c, float) {
+  FL_FUNCTION static Derivative derivative(const fl_statistic& s, const double* state, const float* c) {
     Derivative d{};
     d.weight = (float)(c[0] * s.factor * normalise(state, d));
     return d;
@@ -81,7 +81,7 @@ template <class V>
 struct Sum : Added<1> {
   FL_FUNCTION Sum(const fl_statistic&, float) {}
   FL_FUNCTION void phi(V z, V v, V, V* term) const { term[0] = v * z; }
-  FL_FUNCTION static Derivative derivative(const fl_statistic&, const double*, const float* c, float) {
+  FL_FUNCTION static Derivative derivative(const fl_statistic&, const double*, const float* c) {
     return {c[0], 0, 0, 0};
   }
   FL_FUNCTION V psi(V, V v, const Derivative& d) const { return d.weight * v; }
@@ -91,7 +91,7 @@ template <class V>
 struct Mass : Added<1> {
   FL_FUNCTION Mass(const fl_statistic&, float) {}
   FL_FUNCTION void phi(V, V v, V, V* term) const { term[0] = v; }
-  FL_FUNCTION static Derivative derivative(const fl_statistic&, const double*, const float*, float) { return {}; }
+  FL_FUNCTION static Derivative derivative(const fl_statistic&, const double*, const float*) { return {}; }
   FL_FUNCTION V psi(V, V, const Derivative&) const { return splat<V>(0); }
 };
 
@@ -99,7 +99,7 @@ template <class V>
 struct SumOfSquares : Added<1> {
   FL_FUNCTION SumOfSquares(const fl_statistic&, float) {}
   FL_FUNCTION void phi(V z, V, V, V* term) const { term[0] = z * z; }
-  FL_FUNCTION static Derivative derivative(const fl_statistic&, const double*, const float* c, float) {
+  FL_FUNCTION static Derivative derivative(const fl_statistic&, const double*, const float* c) {
     return {2 * c[0], 0, 0, 0};
   }
   FL_FUNCTION V psi(V z, V, const Derivative& d) const { return d.weight * z; }
@@ -131,7 +131,7 @@ struct Moments {
     into[1] += apart * share;
     into[0] = count;
   }
-  FL_FUNCTION static Derivative derivative(const fl_statistic&, const double* state, const float* c, float) {
+  FL_FUNCTION static Derivative derivative(const fl_statistic&, const double* state, const float* c) {
     Derivative d{2 * c[1], (float)state[1], 0, 0};
     d.offset = state[0] > 0 ? (float)(c[0] / state[0] + d.weight * (d.center - state[1])) : 0;
     return d;
@@ -148,7 +148,7 @@ struct Expectation : Exponential<2> {
     term[0] = exp(factor * z - pivot);
     term[1] = term[0] * Value::of(z, v, row);
   }
-  FL_FUNCTION static Derivative derivative(const fl_statistic& s, const double* state, const float* c, float) {
+  FL_FUNCTION static Derivative derivative(const fl_statistic& s, const double* state, const float* c) {
     Derivative d{};
     double scale = c[0] * normalise(state, d);
     d.weight = (float)(scale * s.factor);
@@ -185,7 +185,7 @@ struct SumOf : Added<2> {
   FL_FUNCTION SumOf(const fl_statistic& s, float r)
       : factor(splat<V>(s.factor)), row(splat<V>(r)), parameter(splat<V>(s.parameter)) {}
   FL_FUNCTION void phi(V z, V, V, V* term) const { Function::of(factor * (z - row), parameter, term[0], term[1]); }
-  FL_FUNCTION static Derivative derivative(const fl_statistic& s, const double*, const float* c, float) {
+  FL_FUNCTION static Derivative derivative(const fl_statistic& s, const double*, const float* c) {
     return {(float)(c[0] * s.factor), 0, 0, 0};
   }
   FL_FUNCTION V psi(V z, V, const Derivative& d) const {
@@ -267,6 +267,16 @@ FL_FUNCTION void with_statistic(const fl_statistic& s, float row, Act act) {
         case FL_F_FOCAL: return act(SumOf<V, Focal>(s, row));
       }
   }
+}
+
+// Doubles of state in a row.
+template <class V>
+FL_FUNCTION int32_t width_of(const fl_statistic& k) {
+  if (k.kind == FL_SCORE) return k.count;
+  if (k.kind == FL_EXTREME) return 2 * k.count;
+  int32_t width = 0;
+  with_statistic<V>(k, 0, [&](const auto& f) { width = f.width; });
+  return width;
 }
 
 // ---- FL_EXTREME: an ordered list, not a sum ------------------------------------------------------------------------

@@ -8,6 +8,9 @@
 #include <stdint.h>
 #if defined(__AVX2__)
 #include <immintrin.h>
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"   // GCC 12's own intrinsics: its bug 105593
+#endif
 #endif
 
 #ifndef FL_ISA
@@ -89,8 +92,8 @@ FL_INLINE u16 narrow(f32 x, bf16) {
 }
 
 #if defined(__AVX512F__)
-FL_INLINE f32 widen(u16 x, f16) { return (f32)_mm512_maskz_cvtph_ps(0xffff, (__m256i)x); }
-FL_INLINE u16 narrow(f32 x, f16) { return (u16)_mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT); }
+FL_INLINE f32 widen(u16 x, f16) { return (f32)_mm512_cvtph_ps((__m256i)x); }
+FL_INLINE u16 narrow(f32 x, f16) { return (u16)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT); }
 #elif defined(__F16C__)
 FL_INLINE f32 widen(u16 x, f16) { return (f32)_mm256_cvtph_ps((__m128i)x); }
 FL_INLINE u16 narrow(f32 x, f16) { return (u16)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT); }

@@ -19,7 +19,9 @@ def check_reduction(function: str, reduction: str) -> None:
         raise ValueError(f"{function}: reduction: {reduction} is not a valid value for reduction; expected none, mean or sum")
 
 
-def check_number(function: str, argument: str, value: object, low: float = -inf, high: float = inf, *, above: bool = False) -> None:
+def check_number(
+    function: str, argument: str, value: object, low: float = -inf, high: float = inf, *, above: bool = False
+) -> None:
     """A hyperparameter in [low, high], in (low, high] with `above`; the value of a 0-dimensional tensor is not read."""
     bounds = f"{'(' if above else '['}{low:g}, {high:g}]"
     if isinstance(value, Tensor):

@@ -12,7 +12,8 @@ from .statistics import Statistic
 def dense_scores(x, weight, bias, class_scale, class_shift, softcap, scale, multiply: torch.dtype) -> Tensor:
     """z (N, V) in plain differentiable PyTorch, products in the accumulation type."""
     wide = torch.float64 if multiply == torch.float64 else torch.float32
-    raw = x.to(wide) if weight is None else x.to(multiply).to(wide) @ weight.to(multiply).to(wide).t()
+    with torch.autocast(x.device.type, enabled=False):
+        raw = x.to(wide) if weight is None else x.to(multiply).to(wide) @ weight.to(multiply).to(wide).t()
     return Tile(raw, 0, bias, class_scale, class_shift, softcap, scale).scores()
 
 
@@ -28,5 +29,5 @@ class DenseScores:
         for s in statistics:
             state = s.of(self.z, 0)
             columns = s.columns(state) if hasattr(s, "k") else None
-            shown.append(s.present(s.value(state).to(self.z.dtype), columns))
+            shown.append(s.present(s.value(state).double(), columns))
         return shown[0] if len(shown) == 1 else shown

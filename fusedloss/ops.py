@@ -150,8 +150,7 @@ def _statistics_forward(text, x, weight, bias, class_scale, class_shift, scale, 
     stream = _stream(spec, x, weight, bias, class_scale, class_shift, scale, keep)
     stats = _statistics(spec, carried, stream.kept)
     states = statistics_sweep(stream, stats, _recompute_layout(stream, spec.walk))
-    dtype = accumulation_dtype(stream.dtype)
-    values = torch.cat([s.value(state).to(dtype) for s, state in zip(stats, states)], 1)
+    values = torch.cat([s.value(state) for s, state in zip(stats, states)], 1)
     columns = [s.columns(state) for s, state in zip(stats, states) if hasattr(s, "columns") and callable(s.columns)]
     columns = torch.cat(columns, 1) if columns else torch.empty(stream.rows, 0, dtype=torch.int64, device=x.device)
     return tuple(_whole(stream, t, x.shape[0]) for t in (values, columns, torch.cat(states, 1)))
@@ -168,7 +167,7 @@ def _statistics_fake(text, x, weight, bias, class_scale, class_shift, scale, kee
     stats = skeletons(spec, carried)
     n = x.shape[0]
     return (
-        x.new_empty(n, sum(s.outputs for s in stats), dtype=accumulation_dtype(DTYPES[spec.multiply])),
+        x.new_empty(n, sum(s.outputs for s in stats), dtype=torch.float64),
         x.new_empty(n, sum(s.k for s in stats if hasattr(s, "k")), dtype=torch.int64),
         x.new_empty(n, sum(s.width for s in stats), dtype=torch.float64),
     )
@@ -266,10 +265,10 @@ def _eager_gradient(text, x, weight, bias, class_scale, class_shift, scale, keep
     losses = torch.empty(stream.rows, dtype=dtype, device=x.device)
 
     def step(chunk: slice, states: list[Tensor]) -> list[Tensor]:
-        values = [s.value(state).to(dtype) for s, state in zip(stats, states)]
+        values = [s.value(state) for s, state in zip(stats, states)]
         columns = [s.columns(state) if hasattr(s, "k") else None for s, state in zip(stats, states)]
         mine = [t[chunk] for t in kept_rows]
-        losses[chunk], coefficients = program.step(values, columns, mine, shared, lifted[chunk].to(dtype))
+        losses[chunk], coefficients = program.step(values, columns, mine, shared, lifted[chunk].double())
         return coefficients
 
     exponentials = keeps_exponentials(stream, stats, into.sums)

@@ -53,7 +53,7 @@ class Scores:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of statistics and losses: float64 for float64 scores, float32 for all others."""
+        """Type of losses: float64 for float64 scores, float32 for all others."""
         return torch.float64 if self.multiply_dtype == torch.float64 else torch.float32
 
     def streams(self) -> tuple[Tensor | None, ...]:
@@ -97,8 +97,8 @@ class Scores:
         """Statistics of every row, differentiable, in one pass over the scores.
 
         Returns one value for one statistic, else a list in order: (N,) tensors, (N, k) where a statistic has k values
-        per row, (value, column) for `Max`, `Min` and `TopK`. Their type is `Scores.dtype`. Rows that do not count
-        (`keep`) get 0. Backward computes the scores a second time.
+        per row, (value, column) for `Max`, `Min` and `TopK`. They are float64, whatever the scores are. Rows that do
+        not count (`keep`) get 0. Backward computes the scores a second time.
         """
         tensors = [t for s in statistics for _, _, t in s.tensors()]
         if any(t.requires_grad for s in statistics for name, _, t in s.tensors() if name != "row"):

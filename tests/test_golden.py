@@ -149,7 +149,8 @@ def test_record(record, given):
     if given != "logits":
         bias = vector(record["params"].get("bias"))
         capped = {k: record["params"][k] for k in ("softcap", "temperature") if k in record["params"]}
-        scores = fl.linear_scores(logits, torch.eye(logits.shape[1], dtype=torch.float64), bias=bias, schedule=given, **capped)
+        identity = torch.eye(logits.shape[1], dtype=torch.float64)
+        scores = fl.linear_scores(logits, identity, bias=bias, schedule=given, **capped)
         record = {**record, "params": {k: v for k, v in record["params"].items() if k not in ("bias", *capped)}}
     loss = CALLS[record["loss"]](scores, target, record["params"])
     (got,) = torch.autograd.grad(loss, logits)

@@ -24,13 +24,14 @@ def why_not() -> str | None:
 
 def gemm(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
     """out = a @ b, or out += a @ b, with products and sums in out's dtype (float32 or float64)."""
-    a, b = a.to(out.dtype), b.to(out.dtype)
-    if accumulate:
-        out.addmm_(a, b)
-    elif out.is_contiguous():
-        torch.mm(a, b, out=out)
-    else:
-        out.copy_(a @ b)
+    with torch.autocast(out.device.type, enabled=False):  # it would round the products to its own type
+        a, b = a.to(out.dtype), b.to(out.dtype)
+        if accumulate:
+            out.addmm_(a, b)
+        elif out.is_contiguous():
+            torch.mm(a, b, out=out)
+        else:
+            out.copy_(a @ b)
 
 
 def statistics(

@@ -56,7 +56,7 @@ def target_margin(counts: Tensor, largest: float = 0.5) -> dict[str, Tensor]:
 
 
 def class_balanced_weight(counts: Tensor, beta: float = 0.9999) -> dict[str, Tensor]:
-    """Class weights ∝ (1 − β) / (1 − β^counts_j) that sum to V, for any loss' `weight`; a class without examples gets 0.
+    """Class weights ∝ (1 − β) / (1 − β^counts_j) that sum to V, for a loss' `weight`; a class without examples gets 0.
 
     Yin Cui et al., "Class-Balanced Loss Based on Effective Number of Samples", CVPR 2019, arXiv 1901.05555.
     """

@@ -1,4 +1,4 @@
-"""Comp-sum losses: one family with logistic, sum-exponential, generalized cross-entropy and mean absolute error in it."""
+"""Comp-sum losses: one family with logistic, sum-exponential, generalized cross-entropy and mean absolute error."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def comp_sum_loss(scores, target, *, tau: float = 1.0):
     Anqi Mao, Mehryar Mohri and Yutao Zhong, "Cross-Entropy Loss Functions: Theoretical Analysis and Applications",
     ICML 2023, arXiv 2304.07288.
 
-        tau: τ ≥ 0; 0 is sum-exponential, 1 logistic (cross-entropy), in (1, 2) generalized cross-entropy with q = τ − 1,
-            2 mean absolute error 1 − p. For τ < 1 a float32 loss overflows where −log p > 88 / (1 − τ).
+        tau: τ ≥ 0; 0 is sum-exponential, 1 logistic (cross-entropy), between 1 and 2 generalized cross-entropy with
+            q = τ − 1, 2 mean absolute error 1 − p. For τ < 1 a float32 loss overflows where −log p > 88 / (1 − τ).
     """
     expect(not isinstance(tau, Tensor), "comp_sum_loss", "tau", "a number", tau, TypeError)
     check_number("comp_sum_loss", "tau", tau, 0)

@@ -20,7 +20,7 @@ def indexed(scores, target, *, class_weight=None, label_smoothing=0.0, z_loss=0.
     """(1 − ε) w_y (lse − s_y) + (ε / V) Σ_j w_j (lse − s_j) + λ lse²."""
     others = Rest(target)
     if label_smoothing:
-        asked = LogSumExp(where=others), Score(target), Sum(class_weight), Mass()
+        asked = LogSumExp(where=others), Score(target), Sum(class_weight), Mass(_present(class_weight))
         lse, hit, total, seen = scores.reduce(*asked)
     else:
         lse, hit = scores.reduce(LogSumExp(where=others), Score(target))
@@ -30,27 +30,39 @@ def indexed(scores, target, *, class_weight=None, label_smoothing=0.0, z_loss=0.
     if label_smoothing:
         mass = scores.columns if class_weight is None else class_weight.sum()
         spread = (mass * log_partition(lse, hit) - total) / scores.columns
-        spread = torch.where(seen < scores.columns, torch.inf, spread)  # a share of the target on an impossible class
+        # A share of the target on an impossible class.
+        spread = torch.where(seen < _count(class_weight, scores.columns), torch.inf, spread)
         # With ε = 1 the first part counts nothing, be it infinite.
         loss = label_smoothing * spread + ((1 - label_smoothing) * loss if label_smoothing < 1 else 0.0)
     return loss + z_loss * log_partition(lse, hit).square() if _given(z_loss) else loss
 
 
 @register
-def probable(scores, target, total, *, class_weight=None, label_smoothing=0.0, z_loss=0.0):
-    """Σ_j w_j y_j (lse − s_j) for target probabilities y (already times w; `total` is their sum), smoothed with ε."""
-    asked = [LogSumExp(), Sum(target), Mass(target)]
+def probable(scores, target, present, total, count, *, class_weight=None, label_smoothing=0.0, z_loss=0.0):
+    """Σ_j w_j y_j (lse − s_j) for target probabilities y, smoothed with ε.
+
+    `target` is w y already, `present` is 1 where that is not 0, and `total` and `count` are the sums of the two.
+    """
+    asked = [LogSumExp(), Sum(target), Mass(present)]
     if label_smoothing:
-        asked += [Sum(class_weight), Mass()]
-    lse, hit, mass, *smooth = scores.reduce(*asked)
+        asked += [Sum(class_weight), Mass(_present(class_weight))]
+    lse, hit, seen, *smooth = scores.reduce(*asked)
     # Probability on a class of score -inf is an infinite loss; y_j = 0 there is none (torch: 0 · inf = NaN).
-    loss = torch.where(total - mass > 1e-6 * total, torch.inf, mass * lse - hit)
+    loss = torch.where(seen < count, torch.inf, total * lse - hit)
     if label_smoothing:
         spread = (scores.columns if class_weight is None else class_weight.sum()) * lse - smooth[0]
-        spread = torch.where(smooth[1] < scores.columns, torch.inf, spread)
+        spread = torch.where(smooth[1] < _count(class_weight, scores.columns), torch.inf, spread)
         spread = label_smoothing / scores.columns * spread
         loss = spread + ((1 - label_smoothing) * loss if label_smoothing < 1 else 0.0)
     return loss + z_loss * lse.square() if _given(z_loss) else loss
+
+
+def _present(class_weight: Tensor | None) -> Tensor | None:
+    return None if class_weight is None else (class_weight != 0).to(class_weight.dtype)
+
+
+def _count(class_weight: Tensor | None, columns: int) -> Tensor | int:
+    return columns if class_weight is None else (class_weight != 0).sum()
 
 
 def _given(z_loss: float | Tensor) -> bool:
@@ -86,7 +98,8 @@ def on_scores(
         y = target.reshape(-1, scores.columns)
         y = y if weight is None else y * weight
         factor = row_factors(scores, None, None, row_weight, reduction)
-        rows = [y, y.sum(1, dtype=scores.dtype)]
+        present = (y != 0).to(torch.bfloat16)  # the smallest type that every backend reads
+        rows = [y, present, y.sum(1, dtype=scores.dtype), present.sum(1, dtype=scores.dtype)]
         return evaluate(probable.key, scores, None, factor, rows, shared, options, reduction)
     safe, keep = checked_target(name, scores, target, -100 if ignore_index is None else ignore_index)
     if reduction != "mean" or weight is None:

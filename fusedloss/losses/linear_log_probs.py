@@ -61,7 +61,7 @@ def linear_log_probs(
     lse_rest, hit, *mean = scores.keeping(keep).reduce(*asked)
 
     def shown(values: Tensor) -> Tensor:
-        return torch.where(keep, values, 0.0).reshape(scores.leading)
+        return torch.where(keep, values, 0.0).to(scores.dtype).reshape(scores.leading)
 
     log_probs = shown(-nll(lse_rest, hit))
     if not (return_lse or return_entropy):

@@ -36,7 +36,8 @@ def logit_adjusted_cross_entropy(
     One formula for logit adjustment and balanced softmax (t), vector scaling (c, t), and LDAM (m, and c or the scores'
     own `scale`). `fusedloss.class_counts` makes the vectors from the classes' counts, and cites the papers; the first
     is Aditya Krishna Menon, Sadeep Jayasumana, Ankit Singh Rawat, Himanshu Jain, Andreas Veit and Sanjiv Kumar,
-    "Long-tail learning via logit adjustment", ICLR 2021, arXiv 2007.07314; then arXiv 2007.10740, 2103.01550, 1906.07413.
+    "Long-tail learning via logit adjustment", ICLR 2021, arXiv 2007.07314; the others are arXiv 2007.10740, 2103.01550
+    and 1906.07413.
 
         class_shift: t (V,), added after the scale; −inf takes a class out.
         class_scale: c (V,). margin: m (V,), taken off the target's score. All three may be learnable.
@@ -44,7 +45,8 @@ def logit_adjusted_cross_entropy(
     name = "logit_adjusted_cross_entropy"
     scores = as_scores(scores)
     for argument, given in (("class_shift", class_shift), ("class_scale", class_scale), ("margin", margin)):
-        expect(given is None or given.shape == (scores.columns,), name, argument, f"shape ({scores.columns},) or None", given)
+        right = given is None or given.shape == (scores.columns,)
+        expect(right, name, argument, f"shape ({scores.columns},) or None", given)
     if margin is not None:  # taken off before the scale, which the statistics have applied already
         margin = (margin if class_scale is None else class_scale * margin).to(scores.dtype)
     options = dict(weight=weight, row_weight=row_weight, ignore_index=ignore_index, reduction=reduction)
@@ -64,8 +66,12 @@ def reference(logits: Tensor, target: Tensor, class_shift=None, class_scale=None
     return torch.nn.functional.cross_entropy(z, target, reduction="none")
 
 
+def _line(first: float, last: float):
+    return lambda columns: torch.linspace(first, last, columns)
+
+
 CASES = (
-    {"class_shift": lambda columns: -torch.arange(1, columns + 1).log()},
-    {"class_shift": lambda columns: torch.linspace(0, -4, columns), "class_scale": lambda columns: torch.linspace(1, 0.3, columns)},
-    {"class_scale": lambda columns: torch.full((columns,), 3.0), "margin": lambda columns: torch.linspace(0.1, 0.5, columns)},
+    {"class_shift": _line(0, -4)},
+    {"class_shift": _line(0, -4), "class_scale": _line(1, 0.3)},
+    {"class_scale": _line(3, 3), "margin": _line(0.1, 0.5)},
 )

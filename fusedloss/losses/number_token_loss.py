@@ -13,7 +13,7 @@ from ..statistics import LogSumExp, Score
 
 @row_loss
 def _number_token_loss(scores, target, *, columns: Tensor, table: Tensor, squared: bool, reweigh: bool):
-    """`target` counts among the number tokens, `columns`; row t of `table` holds every token's distance from token t."""
+    """`target` counts among the number tokens, `columns`; row t of `table` holds all tokens' distances from token t."""
     asked = Score(columns=columns)
     numbers, *lse = scores.reduce(asked, LogSumExp()) if reweigh else (scores.reduce(asked),)
     lse_numbers = numbers.logsumexp(1)
@@ -57,25 +57,23 @@ def number_token_loss(
     expect(form in ("wasserstein", "mse"), name, "form", "wasserstein or mse", form)
     expect(number_ids.dim() == 1 and number_ids.numel() > 0, name, "number_ids", "shape (k,), k ≥ 1", number_ids)
     expect(number_ids.dtype == torch.int64, name, "number_ids", "torch.int64", number_ids.dtype, TypeError)
-    expect(number_values.shape == number_ids.shape, name, "number_values", f"shape {tuple(number_ids.shape)}", number_values)
+    shape = tuple(number_ids.shape)
+    expect(number_values.shape == shape, name, "number_values", f"shape {shape}", number_values)
     values = number_values.to(scores.dtype)
     table = values - values.unsqueeze(1)
-    if form == "wasserstein":
-        table = table.abs()
+    table = table if form == "mse" else table.abs()
     if squash_factor is not None:
         expect(form == "wasserstein", name, "squash_factor", "None for the mse form", squash_factor)
         check_number(name, "squash_factor", squash_factor, 1, above=True)
-        least, spread = torch.where(table > 0, table, torch.inf).amin(), table.amax()
-        step = torch.where(spread > least, (squash_factor - 1) / (spread - least), 0.0)
+        least, largest = torch.where(table > 0, table, torch.inf).amin(), table.amax()
+        step = torch.where(largest > least, (squash_factor - 1) / (largest - least), 0.0)
         table = torch.where(table > 0, 1 + (table - least) * step, 0.0)
     checked_target(name, scores, target, ignore_index)
     same = target.unsqueeze(-1) == number_ids
     index = torch.where(same.any(-1) & (target != ignore_index), same.long().argmax(-1), -100)
-    columns = number_ids
     if not reweigh:
-        scores = scores.at_columns(number_ids)
-        columns = torch.arange(number_ids.shape[0], device=number_ids.device)
-    options = dict(columns=columns, table=table, squared=form == "mse", reweigh=reweigh)
+        scores, number_ids = scores.at_columns(number_ids), torch.arange(shape[0], device=number_ids.device)
+    options = dict(columns=number_ids, table=table, squared=form == "mse", reweigh=reweigh)
     return _number_token_loss(scores, index, **options, row_weight=row_weight, reduction=reduction)
 
 
@@ -86,22 +84,22 @@ def reference(
     logits: Tensor, target: Tensor, number_ids, number_values, form="wasserstein", reweigh=False, squash_factor=None
 ) -> Tensor:
     """(N,) losses, densely; 0 where the target is no number token."""
-    v = number_values.to(logits.dtype)
+    v, p = number_values.to(logits.dtype), torch.softmax(logits[:, number_ids], 1)
     same = target[:, None] == number_ids
-    p, y = torch.softmax(logits[:, number_ids], 1), (same * v).sum(1)
     apart = (v[:, None] - v).abs()
     if squash_factor is not None:
         known = apart[apart > 0]
         apart[apart > 0] = 1 + (known - known.min()) * (squash_factor - 1) / (known.max() - known.min())
-    wasserstein = (p * apart[same.long().argmax(1)]).sum(1)
-    loss = ((p * v).sum(1) - y).square() if form == "mse" else wasserstein
+    loss = (p * apart[same.long().argmax(1)]).sum(1)
+    if form == "mse":
+        loss, apart = ((p * v).sum(1) - (same * v).sum(1)).square(), apart.square()
     if reweigh:
         mass = torch.softmax(logits, 1)[:, number_ids].sum(1)
-        loss = mass * loss + 1.01 * (apart.max() ** 2 if form == "mse" else apart.max()) * (1 - mass)
+        loss = mass * loss + 1.01 * apart.max() * (1 - mass)
     return torch.where(same.any(1), loss, 0.0)
 
 
-_DIGITS = {"number_ids": lambda columns: torch.arange(5), "number_values": lambda columns: torch.tensor([0.0, 1.0, 2.0, 4.0, 7.0])}
+_DIGITS = {"number_ids": lambda _: torch.arange(5), "number_values": lambda _: torch.tensor([0.0, 1.0, 2.0, 4.0, 7.0])}
 CASES = (
     _DIGITS,
     {**_DIGITS, "form": "mse"},

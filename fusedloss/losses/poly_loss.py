@@ -46,7 +46,8 @@ def poly_loss(scores, target, *, epsilon: float | Tensor | tuple = 2.0, label_sm
 def reference(logits: Tensor, target: Tensor, epsilon=2.0, label_smoothing=0.0) -> Tensor:
     """(N,) losses, densely."""
     classes = logits.shape[1]
-    y = (1 - label_smoothing) * torch.nn.functional.one_hot(target, classes).to(logits.dtype) + label_smoothing / classes
+    one_hot = torch.nn.functional.one_hot(target, classes).to(logits.dtype)
+    y = (1 - label_smoothing) * one_hot + label_smoothing / classes
     log_p = torch.log_softmax(logits, 1)
     away = 1 - (y * log_p.exp()).sum(1)
     epsilons = epsilon if isinstance(epsilon, tuple) else (epsilon,)

@@ -1,4 +1,4 @@
-"""The Z-loss of the spherical family: a logistic loss on the target's standard score. Not PaLM's log-partition penalty."""
+"""The spherical family's Z-loss: a logistic loss on the target's standard score. Not PaLM's log-partition penalty."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from ..statistics import Moments, Score
 def spherical_z_loss(
     scores, target, *, a: float | Tensor = 1.0, b: float | Tensor = 0.0, eps: float | Tensor = 1e-6
 ):
-    """Spherical Z-loss: L = (1/a) softplus(a (b − ζ)), ζ = (s_y − μ) / σ, with μ, σ the mean and deviation of the scores.
+    """Spherical Z-loss: L = (1/a) softplus(a (b − ζ)), ζ = (s_y − μ) / σ, μ and σ the scores' mean and deviation.
 
     Alexandre de Brébisson and Pascal Vincent, "The Z-loss: a shift and scale invariant classification loss belonging to
     the Spherical Family", 2016, arXiv 1604.08859. Statistics are centred (Chan's rule), so nothing cancels where
     |μ| ≫ σ. Needs V ≥ 2. |ζ| ≤ √(V − 1): tune a and b again when V changes.
 
         a: sharpness > 0. b: location.
-        eps: a row with σ ≤ eps counts as constant: ζ = 0 and its gradient is 0. (The authors' code divides by σ + 1e-12,
-            which makes rounding errors of a constant row into a gradient of 1e12.)
+        eps: a row with σ ≤ eps counts as constant: ζ = 0 and its gradient is 0. (The authors' code divides by
+            σ + 1e-12, which makes rounding errors of a constant row into a gradient of 1e12.)
     """
     name = "spherical_z_loss"
     expect(scores.columns >= 2, name, "scores", "at least two classes", scores.columns)

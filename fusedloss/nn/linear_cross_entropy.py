@@ -38,11 +38,13 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         **walk: object,
     ):
         super().__init__()
-        expect(weight is None or weight.shape == (num_classes,), type(self).__name__, "weight", f"({num_classes},)", weight)
+        right = weight is None or weight.shape == (num_classes,)
+        expect(right, type(self).__name__, "weight", f"shape ({num_classes},)", weight)
         self.num_classes, self.out_features = num_classes, tuple(out_features)
         self.linear = torch.nn.Linear(in_features, math.prod(out_features, start=num_classes), bias, device, dtype)
         self.register_buffer("weight", weight)
-        self.reduction, self.ignore_index, self.label_smoothing, self.options = reduction, ignore_index, label_smoothing, options
+        self.reduction, self.ignore_index, self.label_smoothing = reduction, ignore_index, label_smoothing
+        self.options = options
         self.more = dict(z_loss=z_loss, softcap=softcap, temperature=temperature, **walk)
 
     def forward(self, input: Tensor, target: Tensor, *, row_weight: Tensor | None = None) -> Tensor:

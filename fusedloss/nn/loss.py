@@ -12,7 +12,7 @@ from ..scores import Scores
 
 
 class Loss(torch.nn.Module):
-    """Base of the modules: a subclass names its function, ``class FocalLoss(Loss, of=focal_loss)``, and has its parameters.
+    """Base of the modules: a subclass names its function, ``class FocalLoss(Loss, of=focal_loss)``, and takes after it.
 
     Constructor: the function's parameters after scores and target, in the same order, row_weight left out. Numbers stay
     as they are; tensors become buffers, and `torch.nn.Parameter`s parameters of the module.
@@ -27,7 +27,8 @@ class Loss(torch.nn.Module):
         kept = [p for p in list(inspect.signature(of).parameters.values())[2:] if p.name != "row_weight"]
         cls.function = staticmethod(of)
         cls.__signature__ = inspect.Signature(kept)
-        cls.__doc__ = f"`fusedloss.{of.__name__}` as a module: forward(scores, target, *, row_weight=None).\n\n{inspect.getdoc(of)}"
+        call = "forward(scores, target, *, row_weight=None)"
+        cls.__doc__ = f"`fusedloss.{of.__name__}` as a module: {call}.\n\n{inspect.getdoc(of)}"
 
     def __init__(self, *arguments: object, **options: object):
         super().__init__()
@@ -44,7 +45,8 @@ class Loss(torch.nn.Module):
                 setattr(self, name, value)
 
     def forward(self, scores: Tensor | Scores, target: Tensor, *, row_weight: Tensor | None = None) -> Tensor:
-        return self.function(scores, target, row_weight=row_weight, **{name: getattr(self, name) for name in self.names})
+        options = {name: getattr(self, name) for name in self.names}
+        return self.function(scores, target, row_weight=row_weight, **options)
 
     def extra_repr(self) -> str:
         """The parameters that differ from their defaults, as a call would give them."""

@@ -1,0 +1,146 @@
+// A tile's rows in blocks of columns: loading them as scores, and storing what became of them.
+//
+// A row is walked in blocks that stay in the first-level cache. A block is widened to floats and transformed into
+// scores once (where it is made of scores already, it is read in place); every statistic then reads the scores. The
+// block is padded to whole vectors with -inf, which every statistic leaves out, so that no loop over scores has a
+// tail. A row's `rest` column is left out the same way.
+#pragma once
+#include "row_kernels.h"
+#include "simd.h"
+
+namespace fl {
+namespace FL_ISA {
+
+void statistics(const fl_tile&, const fl_statistic*, int32_t count, int64_t first_row, int64_t end_row);
+void gradient(const fl_tile&, const Gradient&, const fl_statistic*, int32_t count, int64_t first_row, int64_t end_row,
+              ColumnSums&);
+void gradient_of_exponentials(const fl_tile&, const fl_statistic*, int32_t count, int64_t first_row, int64_t end_row,
+                              ColumnSums&);
+
+namespace {
+
+constexpr int block = FL_KEPT_COLUMNS;   // columns
+static_assert(block % lanes == 0, "a full block needs no padding");
+
+struct alignas(64) Scratch {
+  float z[block];              // scores
+  float operand[block];
+  float ones[block];           // the operand of a statistic that has none
+  float gradient[block];       // dL/dz, then dL/da
+  float slope[block];          // dz/da
+  float cap[block];            // cap(a + bias), 0 where the score is -inf
+  Scratch() {
+    for (float& x : ones) x = 1;
+  }
+};
+
+FL_INLINE int padded(int columns) { return (columns + lanes - 1) / lanes * lanes; }
+FL_INLINE i32 left_out(f32 z) { return z == -INFINITY; }
+
+// ---- loading -----------------------------------------------------------------------------------------------------
+
+template <class T>
+inline void widen_block(const void* row, int64_t first, int columns, float* to, float padding) {
+  const T* from = static_cast<const T*>(row) + first;
+  each_vector(columns, [&](int j, int n) { store(to + j, load(from + j, n)); });
+  for (int j = columns; j < padded(columns); ++j) to[j] = padding;
+}
+
+inline void widen_block(int32_t dtype, const void* row, int64_t first, int columns, float* to, float padding) {
+  if (dtype == FL_F32) widen_block<float>(row, first, columns, to, padding);
+  if (dtype == FL_BF16) widen_block<bf16>(row, first, columns, to, padding);
+  if (dtype == FL_F16) widen_block<f16>(row, first, columns, to, padding);
+}
+
+FL_INLINE int64_t size_of(int32_t dtype) { return dtype == FL_F32 ? 4 : 2; }
+
+FL_INLINE const void* row_of(const void* data, int32_t dtype, int64_t stride, int64_t row) {
+  return static_cast<const char*>(data) + row * stride * size_of(dtype);
+}
+
+inline bool is_plain(const fl_tile& t) {
+  return !t.bias && !t.class_scale && !t.class_shift && t.softcap == 0 && t.scale == 1;
+}
+
+// Turns the stored values in z into scores.
+template <bool with_slope>
+inline void transform_block(const fl_tile& t, int64_t first, int columns, Scratch& s) {
+  const float inverse_softcap = 1 / t.softcap;
+  each_vector(columns, [&](int j, int n) {
+    f32 a = load(s.z + j), slope = splat<f32>(t.scale);
+    if (t.bias) a += load(t.bias + first + j, n);
+    if (t.class_scale) slope *= load(t.class_scale + first + j, n);
+    f32 z = a, scale = slope;
+    if (t.softcap != 0) {
+      f32 flatness;
+      z = tanh(a * inverse_softcap, flatness) * t.softcap;
+      slope *= flatness;
+    }
+    f32 cap = z;
+    z *= scale;
+    if (t.class_shift) z += load(t.class_shift + first + j, n);
+    store(s.z + j, z);
+    if (with_slope) {
+      store(s.slope + j, slope);
+      store(s.cap + j, select(left_out(z), 0.0f, cap));
+    }
+  });
+  for (int j = columns; j < padded(columns); ++j) s.z[j] = -INFINITY;
+}
+
+// The block's scores: in s.z, or where they lie in the tile.
+template <bool with_slope>
+inline const float* load_scores(const fl_tile& t, bool plain, int64_t row, int64_t first, int columns, Scratch& s) {
+  const void* data = row_of(t.data, t.dtype, t.stride, row);
+  if (plain && t.dtype == FL_F32 && columns % lanes == 0) return static_cast<const float*>(data) + first;
+  widen_block(t.dtype, data, first, columns, s.z, -INFINITY);
+  if (!plain) transform_block<with_slope>(t, first, columns, s);
+  return s.z;
+}
+
+inline const float* load_operand(const fl_statistic& k, int64_t row, int64_t first, int columns, Scratch& s) {
+  if (!k.operand) return s.ones;
+  widen_block(k.operand_dtype, row_of(k.operand, k.operand_dtype, k.operand_stride, row), first, columns, s.operand, 0);
+  return s.operand;
+}
+
+// For as long as it lives, the score of the row's `rest` column is -inf (and the block, if it is the one, in s.z).
+class WithoutRest {
+ public:
+  FL_INLINE WithoutRest(const fl_statistic& k, int64_t row, int64_t first_class, int columns, const float*& z, Scratch& s) {
+    if (k.where != FL_REST) return;
+    int64_t place = k.rest[row] - first_class;
+    if (k.rest[row] < 0 || place < 0 || place >= columns) return;
+    if (z != s.z) __builtin_memcpy(s.z, z, sizeof(float) * padded(columns));
+    z = s.z;
+    score_ = s.z + place;
+    kept_ = *score_;
+    *score_ = -INFINITY;
+  }
+  FL_INLINE ~WithoutRest() {
+    if (score_) *score_ = kept_;
+  }
+  WithoutRest(const WithoutRest&) = delete;
+
+ private:
+  float* score_ = nullptr;
+  float kept_ = 0;
+};
+
+// ---- storing ------------------------------------------------------------------------------------------------------
+
+template <class T>
+inline void narrow_block(const float* from, int columns, void* row, int64_t first) {
+  T* to = static_cast<T*>(row) + first;
+  each_vector(columns, [&](int j, int n) { store(to + j, load(from + j), n); });
+}
+
+inline void narrow_block(int32_t dtype, const float* from, int columns, void* row, int64_t first) {
+  if (dtype == FL_F32) narrow_block<float>(from, columns, row, first);
+  if (dtype == FL_BF16) narrow_block<bf16>(from, columns, row, first);
+  if (dtype == FL_F16) narrow_block<f16>(from, columns, row, first);
+}
+
+}  // namespace
+}  // namespace FL_ISA
+}  // namespace fl

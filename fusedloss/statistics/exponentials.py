@@ -1,0 +1,117 @@
+"""Log-sum-exp, and expectations under the softmax."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..relation import Rest
+from .base import CLASSES, ROWS, Statistic, summed
+
+
+def _finite_shift(m: Tensor) -> Tensor:
+    """The maximum as a shift: an infinite one is replaced by 0, as in torch.logsumexp."""
+    return torch.where(m.isinf(), torch.zeros_like(m), m)
+
+
+def _merged_maximum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Common shift of two (shift, sum…) states and the factor that brings each of them to it."""
+    m = torch.maximum(a[:, 0], b[:, 0])
+    factors = [torch.where(s[:, 0] == -torch.inf, torch.zeros_like(m), torch.exp(s[:, 0] - m)) for s in (a, b)]
+    return m, factors[0], factors[1]
+
+
+def _probability(z: Tensor, factor: float, state: Tensor) -> Tensor:
+    """softmax(factor · z) from the (shift, sum…) state; the shift goes first, for it is exact: lse would be rounded."""
+    apart = factor * z - state[:, :1].to(z.dtype)
+    return torch.where(z == -torch.inf, 0.0, torch.exp(apart - torch.log(state[:, 1:2]).to(z.dtype)))
+
+
+@dataclass(frozen=True, eq=False)
+class LogSumExp(Statistic):
+    """log Σ_j exp(factor · s_j). State (m, Σ exp(factor · s_j − m))."""
+
+    factor: float = 1.0
+    where: Rest | None = None
+    width = 2
+    roles = (("where", ROWS),)
+
+    def identity(self, rows, device):
+        return torch.tensor([-torch.inf, 0.0], dtype=torch.float64, device=device).repeat(rows, 1)
+
+    def of(self, z, first):
+        if z.shape[1] == 0:
+            return self.identity(z.shape[0], z.device)
+        z = torch.where(z == -torch.inf, z, self.factor * z)
+        z = self.visible(z, first)
+        m = z.detach().amax(-1)
+        total = summed(torch.exp(z - _finite_shift(m).unsqueeze(-1)))
+        return torch.stack([torch.where(m == -torch.inf, m, _finite_shift(m)).double(), total], 1)
+
+    def merge(self, a, b):
+        m, fa, fb = _merged_maximum(a, b)
+        return torch.stack([m, a[:, 1] * fa + b[:, 1] * fb], 1)
+
+    def value(self, state):
+        total = state[:, 1:]  # 0 only where m is -inf already; log 0 would make the derivative NaN
+        return state[:, :1] + torch.log(torch.where(total == 0, 1.0, total))
+
+    def slope(self, z, first, state, coefficient):
+        z = self.visible(z, first)
+        return coefficient * self.factor * _probability(z, self.factor, state)
+
+
+@dataclass(frozen=True, eq=False)
+class Expectation(Statistic):
+    """Σ_j p_j v_j under p = softmax(factor · s).
+
+    ``values``: a class vector (V,), or None for v = s itself (entropy = lse − factor · E[s]).
+    ``near``: (N,), then v_j = |values_j − near|^power with power 1 or 2 (constants: no gradient flows into `near`).
+    """
+
+    values: Tensor | None = None
+    near: Tensor | None = None
+    power: int = 1
+    factor: float = 1.0
+    where: Rest | None = None
+    width = 3
+    roles = (("values", CLASSES), ("near", ROWS), ("where", ROWS))
+
+    identity_state = (-torch.inf, 0.0, 0.0)
+
+    def identity(self, rows, device):
+        return torch.tensor(self.identity_state, dtype=torch.float64, device=device).repeat(rows, 1)
+
+    def _values(self, z: Tensor) -> Tensor:
+        if self.values is None:
+            return torch.where(z == -torch.inf, 0.0, z)
+        values = self.values.to(z.dtype).expand_as(z)
+        if self.near is None:
+            return values
+        distance = (values - self.near.to(z.dtype).unsqueeze(-1)).abs()
+        return distance if self.power == 1 else distance.square()
+
+    def of(self, z, first):
+        if z.shape[1] == 0:
+            return self.identity(z.shape[0], z.device)
+        z = self.visible(z, first)
+        scaled = torch.where(z == -torch.inf, z, self.factor * z)
+        m = scaled.detach().amax(-1)
+        weight = torch.exp(scaled - _finite_shift(m).unsqueeze(-1))
+        return torch.stack([m.double(), summed(weight), summed(weight * self._values(z))], 1)
+
+    def merge(self, a, b):
+        m, fa, fb = _merged_maximum(a, b)
+        return torch.stack([m, a[:, 1] * fa + b[:, 1] * fb, a[:, 2] * fa + b[:, 2] * fb], 1)
+
+    def value(self, state):
+        norm = state[:, 1:2]  # the mean of nothing is NaN, and must not make the derivative NaN
+        return torch.where(norm == 0, torch.nan, state[:, 2:] / torch.where(norm == 0, 1.0, norm))
+
+    def slope(self, z, first, state, coefficient):
+        z = self.visible(z, first)
+        p = _probability(z, self.factor, state)
+        away = self.factor * (self._values(z) - self.value(state).to(z.dtype))
+        return coefficient * p * (1 + away if self.values is None else away)
