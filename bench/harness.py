@@ -25,7 +25,7 @@ from memory import MemoryTrace  # noqa: E402
 THREADS = 2
 MIB = 1 << 20
 OURS = "fusedloss"
-SECONDS = 40  # of turns per case
+SECONDS = 25  # of turns per case
 ROUNDS = 3, 15  # fewest and most turns
 GATE = 64  # rows, hit classes and other classes whose gradients the gate looks at
 LOSS_ERROR = 1e-6
@@ -45,6 +45,7 @@ class Comparison:
     accumulator_bytes: int = 0
     once: dict[str, Callable[[], tuple[float, float]]] = field(default_factory=dict)  # too slow to take turns
     note: str = ""
+    seconds: float = SECONDS  # of turns
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,9 @@ def compare(benchmark, comparison: Comparison, machine: str, quick: bool = False
         if "compile" in name:
             call()
         first[name], peaks[name] = traced(call)  # the warm-up too
-    fewest, most = (2, 2) if quick else (2 if sum(first.values()) > SECONDS else ROUNDS[0], ROUNDS[1])
-    rounds = max(fewest, min(most, int(SECONDS / sum(first.values()))))
+    turn = sum(first.values())
+    fewest, most = (2, 2) if quick else (2 if turn > SECONDS else ROUNDS[0], ROUNDS[1])
+    rounds = max(fewest, min(most, int(comparison.seconds / turn)))
     times: dict[str, list[float]] = {name: [] for name in calls}
 
     def others() -> None:
@@ -225,7 +227,7 @@ def append(path: Path, rows: list[Row]) -> None:
 
 def table(rows: list[Row]) -> str:
     """Plain text, one line per contender, a case's lines together."""
-    lines = [f"{'case':34} {'dtype':5} {'contender':26} {'ms':>9} {'ratio':>7} {'peak MiB':>9} {'dW fp32':>8} {'chunks':>6}"]
+    lines = [f"{'case':40} {'dtype':5} {'contender':25} {'ms':>9} {'ratio':>7} {'peak MiB':>9} {'dW fp32':>8} {'chunks':>6}"]
     before = None
     for row in rows:
         case = (row.case, row.dtype)
@@ -234,7 +236,7 @@ def table(rows: list[Row]) -> str:
         shown = case if case != before else ("", "")
         own = f"{row.accumulator_mib:8.0f} {row.chunks:6d}" if row.chunks else ""
         figures = f"{row.ms:9.1f} {row.ratio:7.3f} {row.peak_mib:9.0f}"
-        lines.append(f"{shown[0]:34} {shown[1]:5} {row.contender:26} {figures} {own}".rstrip())
+        lines.append(f"{shown[0]:40} {shown[1]:5} {row.contender:25} {figures} {own}".rstrip())
         if case != before and row.note:
             lines.append(f"    ({row.note})")
         before = case

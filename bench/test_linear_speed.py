@@ -58,7 +58,7 @@ def test_tight_budget(compare, shape, dtype):
     compare(comparison("32 MiB", shape, dtype, x, w, target, calls, walk=walk, note=note))
 
 
-@pytest.mark.shapes((4096, 256, 50257), (4096, 1024, 128256))
+@pytest.mark.shapes(SHAPES[2])
 @dtypes
 def test_gradient_filter(compare, shape, dtype):
     """Trained-like scores; classes whose every |∂L/∂s| in a chunk of rows is below FILTER / N are left out."""

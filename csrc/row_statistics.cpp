@@ -133,7 +133,7 @@ void statistics(const fl_tile& t, const fl_statistic* all, int32_t count, int64_
   int32_t width[most_statistics];
   int32_t order[most_statistics], ordered = 0;
   for (int32_t i = 0; i < count; ++i) width[i] = width_of<f32>(all[i]);
-  for (bool keeps : {false, true})              // exponentials last: they may be kept where the scores lie
+  for (int keeps = 0; keeps < 2; ++keeps)       // exponentials last: they may be kept where the scores lie
     for (int32_t i = 0; i < count; ++i)
       if (keeps == (all[i].keep != nullptr)) order[ordered++] = i;
   for (int64_t row = first_row; row < end_row; ++row)

@@ -13,6 +13,17 @@ def expect(condition: bool, function: str, argument: str, expected: str, got: ob
         raise error(f"{function}: {argument}: expected {expected}, got {shown}")
 
 
+def fixed(value: object) -> object:
+    """The same number, known while torch.compile traces.
+
+    The compiler makes an input of the graph of a number that has changed; what an op is told in its text must be
+    known, and a set takes nothing else.
+    """
+    if isinstance(value, (int, float)):
+        (value,) = {value}
+    return value
+
+
 def check_reduction(function: str, reduction: str) -> None:
     # torch raises ValueError with this wording; callers match on it.
     if reduction not in ("none", "mean", "sum"):

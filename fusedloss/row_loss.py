@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import autograd, trace
-from .checks import check_reduction, expect
+from .checks import check_reduction, expect, fixed
 from .scores import Scores, as_scores
 
 # Row losses work on statistics as they are kept: rounded to float32, a lse of 10 would put an error of 5e-7 on every p.
@@ -76,9 +76,10 @@ def evaluate(
     trained = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in streams])
     constant = not any([t.requires_grad for t in [*rows, *tensors]])
     if reduction != "none" and trained and constant and scores.weight is not None:
-        kinds = tuple([(str(t.dtype)[6:], tuple(t.shape[1:])) for t in rows])
-        shared_kinds = tuple([(str(t.dtype)[6:], tuple(t.shape)) for t in tensors])
-        key = trace.program_key(name, names, tuple(options.items()), kinds, shared_kinds, scores.columns, STATISTICS)
+        kinds = tuple([(str(t.dtype)[6:], tuple([fixed(d) for d in t.shape[1:]])) for t in rows])
+        shared_kinds = tuple([(str(t.dtype)[6:], tuple([fixed(d) for d in t.shape])) for t in tensors])
+        known = tuple([(k, fixed(v)) for k, v in options.items()])
+        key = trace.program_key(name, names, known, kinds, shared_kinds, fixed(scores.columns), STATISTICS)
         if key is not None:
             return autograd.weighted_total(scores.spec((), key), streams, keep, factor, rows, tensors)
     losses = trace.FUNCTIONS[name](scores, *rows, **shared, **options)

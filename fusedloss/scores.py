@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import autograd
-from .checks import expect
+from .checks import expect, fixed
 from .dense import DenseScores, dense_scores
 from .schedule import Plan, Walk, plan
 from .statistics import Statistic
@@ -65,8 +65,8 @@ class Scores:
     def spec(self, statistics: tuple, program: str = "") -> str:
         scale = 1.0 if isinstance(self.scale, Tensor) else self.scale
         walk = self.walk
-        options = (walk.memory_budget, walk.schedule, walk.gradient_filter, walk.backend)
-        return autograd.encode(statistics, self.softcap, scale, str(self.multiply_dtype), options, program)
+        options = (fixed(walk.memory_budget), walk.schedule, fixed(walk.gradient_filter), walk.backend)
+        return autograd.encode(statistics, fixed(self.softcap), fixed(scale), str(self.multiply_dtype), options, program)
 
     def keeping(self, keep: Tensor | None) -> Scores:
         """The same scores where only some rows count; the others cost nothing."""

@@ -90,7 +90,7 @@ def program_key(
 
 
 def _row_count(lengths: set[int]) -> int:
-    """Rows to trace with: the trace is symbolic in it, but equal lengths would become one symbol, so it equals no other."""
+    """Rows to trace with. The trace is symbolic in them; equal lengths would be one symbol, so it equals no other."""
     return next(n for n in range(7, 8 + len(lengths)) if n not in lengths)
 
 

@@ -430,7 +430,7 @@ def test_layouts(backend, layout, which, dtype):
     for got, truth in pairs:
         apart = (got.grad.double() - truth.grad).norm()
         # Where all classes or all rows are one, gradients sum to 0 and only rounding is left.
-        left = (1e-5 if dtype == torch.float32 else 5e-3) if "expanded" in layout else 1e-9
+        left = (1e-5 if dtype == torch.float32 else 2e-2) if "expanded" in layout else 1e-9
         assert apart <= (1e-5 if dtype == torch.float32 else 2**-7) * truth.grad.norm() + left
 
 

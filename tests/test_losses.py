@@ -372,7 +372,7 @@ def test_errors_of_every_loss(module, case):
 
 
 @pytest.mark.unpoisoned
-@pytest.mark.parametrize("module, case", ALL)
+@pytest.mark.parametrize("module, case", FIRST)
 def test_compiled(module, case):
     compare_compiled(module, case, "aot_eager")
 

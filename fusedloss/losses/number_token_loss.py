@@ -18,12 +18,11 @@ def _number_token_loss(scores, target, *, columns: Tensor, table: Tensor, square
     numbers, *lse = scores.reduce(asked, LogSumExp()) if reweigh else (scores.reduce(asked),)
     lse_numbers = numbers.logsumexp(1)
     missed_by = (torch.exp(numbers - lse_numbers.unsqueeze(1)) * table[target]).sum(1)
-    loss = missed_by.square() if squared else missed_by
+    loss, largest = (missed_by.square(), table.square().max()) if squared else (missed_by, table.max())
     if not reweigh:
         return loss
     elsewhere = -torch.expm1(lse_numbers - lse[0])  # probability of all tokens that are no number
-    largest = table.abs().max()
-    return loss + elsewhere * (1.01 * (largest.square() if squared else largest) - loss)
+    return loss + elsewhere * (1.01 * largest - loss)
 
 
 def number_token_loss(
@@ -57,8 +56,7 @@ def number_token_loss(
     expect(form in ("wasserstein", "mse"), name, "form", "wasserstein or mse", form)
     expect(number_ids.dim() == 1 and number_ids.numel() > 0, name, "number_ids", "shape (k,), k ≥ 1", number_ids)
     expect(number_ids.dtype == torch.int64, name, "number_ids", "torch.int64", number_ids.dtype, TypeError)
-    shape = tuple(number_ids.shape)
-    expect(number_values.shape == shape, name, "number_values", f"shape {shape}", number_values)
+    expect(number_values.shape == number_ids.shape, name, "number_values", "the shape of number_ids", number_values)
     values = number_values.to(scores.dtype)
     table = values - values.unsqueeze(1)
     table = table if form == "mse" else table.abs()
@@ -72,7 +70,7 @@ def number_token_loss(
     same = target.unsqueeze(-1) == number_ids
     index = torch.where(same.any(-1) & (target != ignore_index), same.long().argmax(-1), -100)
     if not reweigh:
-        scores, number_ids = scores.at_columns(number_ids), torch.arange(shape[0], device=number_ids.device)
+        scores, number_ids = scores.at_columns(number_ids), torch.arange(number_ids.shape[0], device=number_ids.device)
     options = dict(columns=number_ids, table=table, squared=form == "mse", reweigh=reweigh)
     return _number_token_loss(scores, index, **options, row_weight=row_weight, reduction=reduction)
 
@@ -80,9 +78,7 @@ def number_token_loss(
 number_token_loss.__doc__ += COMMON
 
 
-def reference(
-    logits: Tensor, target: Tensor, number_ids, number_values, form="wasserstein", reweigh=False, squash_factor=None
-) -> Tensor:
+def reference(logits, target, number_ids, number_values, form="wasserstein", reweigh=False, squash_factor=None):
     """(N,) losses, densely; 0 where the target is no number token."""
     v, p = number_values.to(logits.dtype), torch.softmax(logits[:, number_ids], 1)
     same = target[:, None] == number_ids
@@ -100,9 +96,5 @@ def reference(
 
 
 _DIGITS = {"number_ids": lambda _: torch.arange(5), "number_values": lambda _: torch.tensor([0.0, 1.0, 2.0, 4.0, 7.0])}
-CASES = (
-    _DIGITS,
-    {**_DIGITS, "form": "mse"},
-    {**_DIGITS, "form": "mse", "reweigh": True},
-    {**_DIGITS, "reweigh": True, "squash_factor": 2.0},
-)
+_MSE, _SQUASHED = {"form": "mse"}, {"reweigh": True, "squash_factor": 2.0}
+CASES = (_DIGITS, {**_DIGITS, **_MSE}, {**_DIGITS, **_MSE, "reweigh": True}, {**_DIGITS, **_SQUASHED})

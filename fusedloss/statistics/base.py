@@ -16,6 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..checks import fixed
 from ..relation import Rest, hide
 
 # How a statistic's tensor is cut when a walk looks at some rows and some columns only.
@@ -70,7 +71,7 @@ class Statistic:
         """Everything that is not a tensor: with the tensors' names and roles it is enough to build the statistic again."""
         carried = tuple((name, role) for name, role, _ in self.tensors())
         taken = tuple(name for name, _ in self.roles)
-        options = tuple((f.name, getattr(self, f.name)) for f in fields(self) if f.name not in taken)
+        options = tuple((f.name, fixed(getattr(self, f.name))) for f in fields(self) if f.name not in taken)
         return (type(self).__name__, options, carried)
 
     def taking(self, rows: Tensor | slice | None = None, columns: slice | None = None) -> Statistic:

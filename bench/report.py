@@ -1,0 +1,112 @@
+"""Writes the tables of docs/performance.md from rows that the suite recorded; of a case measured twice, the later.
+
+    python bench/report.py bench/results/*.csv
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "performance.md"
+OURS = "fusedloss"
+# What was asked for, × floor: the shapes of the first three GEMM cases in order, see cases.SHAPES.
+SHAPES = ("2048x512x32000", "1024x1024x128256", "4096x256x50257", "8192x64x8000", "16384x512x32000", "4096x1024x128256")
+TARGETS = {"fp32": (1.05, 1.05, 1.10, 1.25, 1.05, 1.05), "bf16": (1.10, 1.10, 1.25, 1.9, 1.10, 1.10)}
+TIGHT_TARGETS = {"fp32": (1.5, 1.5, 1.5, 1.5), "bf16": (1.5, 1.8, 1.5, 1.5)}
+
+Cases = dict[tuple[str, str], dict[str, dict[str, str]]]
+
+
+def replace_section(page: Path, name: str, text: str) -> None:
+    """Put `text` between the page's markers `<!-- name -->` and `<!-- end of name -->`."""
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    before, rest = page.read_text().split(begin)
+    _, after = rest.split(end)
+    page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")
+
+
+def read(paths: list[Path]) -> Cases:
+    latest: dict[tuple[str, str], tuple[str, dict]] = {}
+    for path in paths:
+        with path.open(newline="") as file:
+            before = None
+            for row in csv.DictReader(file):
+                key = row["case"], row["dtype"]
+                if key != before:
+                    latest[key] = {}
+                latest[key][row["contender"]] = row
+                before = key
+    return latest
+
+
+def times(row: dict[str, str] | None) -> str:
+    if row is None:
+        return ""
+    ratio = float(row["ratio"])
+    return f"{ratio:.3f}" if ratio < 10 else f"{ratio:.0f}" if ratio < float("inf") else "over the time limit"
+
+
+def mib(row: dict[str, str] | None, key: str = "peak_mib") -> str:
+    return "" if row is None else f"{float(row[key]):.0f}"
+
+
+def grid(head: str, lines: list[str]) -> str:
+    columns = head.count("|") - 1
+    return "\n".join([head, "|---|---|" + "---:|" * (columns - 2), *lines])
+
+
+def linear_table(cases: Cases) -> str:
+    lines = []
+    for dtype, targets in TARGETS.items():
+        for shape, target in zip(SHAPES, targets):
+            rows = cases.get((f"linear {shape}", dtype))
+            if rows is None:
+                continue
+            turns = {name: row for name, row in rows.items() if name.startswith("torch")}
+            fastest = min(turns, key=lambda name: float(turns[name]["ratio"]))
+            ours, floor = rows[OURS], next(iter(rows.values()))
+            met = "met" if float(ours["ratio"]) <= target else "missed"
+            others = [times(rows.get(f"torch, chunked, {how}")) for how in ("512 rows", "default")]
+            cells = [
+                *(shape.replace("x", ", "), dtype, f"{float(floor['ms']):.0f}", f"**{times(ours)}**", f"{target} {met}"),
+                *(f"{times(rows[fastest])} ({fastest.removeprefix('torch, ')})", times(rows["torch, eager"])),
+                *(times(rows.get("torch, eager, fp32 logits")), times(rows.get("torch.compile of eager")), *others),
+                *(mib(ours), mib(ours, "accumulator_mib"), mib(rows["torch, eager"]), ours["chunks"]),
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    head = (
+        "| N, D, V | type | floor, ms | fusedloss | target | fastest of PyTorch | eager | eager, fp32 logits | compile |"
+        " chunked, 512 | chunked, default | fusedloss, peak MiB | of it dW in fp32 | eager, peak MiB | chunks |"
+    )
+    return grid(head, lines)
+
+
+def other_table(cases: Cases) -> str:
+    """Every case but the linear ones and the single losses: contenders and their ratios and peaks."""
+    lines = []
+    for (case, dtype), rows in cases.items():
+        if case.startswith("linear ") or "cross_entropy" in rows:
+            continue
+        for name, row in rows.items():
+            figures = f"{float(row['ms']):.0f} | {times(row)} | {mib(row)}"
+            chunks = row["chunks"] if row["chunks"] != "0" else ""
+            lines.append(f"| {case} | {dtype} | {name} | {figures} | {chunks} | {row['note'] if name == OURS else ''} |")
+    return grid("| case | type | contender | ms | ratio | peak MiB | chunks | note |", lines)
+
+
+def losses_table(cases: Cases) -> str:
+    lines = []
+    for (case, dtype), rows in cases.items():
+        if "cross_entropy" in rows:
+            ours = rows[OURS]
+            lines.append(f"| `{case.split()[0]}` | {dtype} | {float(ours['ms']):.0f} | {times(ours)} | {mib(ours)} |")
+    return grid("| loss | type | ms | × cross_entropy | peak MiB |", lines)
+
+
+if __name__ == "__main__":
+    found = read([Path(p) for p in sys.argv[1:]])
+    for name, make in (("linear", linear_table), ("other", other_table), ("losses", losses_table)):
+        replace_section(PAGE, name, make(found))
