@@ -65,7 +65,8 @@ def torch_chunked(x, w, target):
 
 
 def ours(x, w, target):
-    return fl.linear_cross_entropy(x, w, target, reduction="sum", memory_budget=CHUNKED_ROWS * COLUMNS * 4, schedule="eager")
+    walk = {"memory_budget": CHUNKED_ROWS * COLUMNS * w.dtype.itemsize, "schedule": "eager"}
+    return fl.linear_cross_entropy(x, w, target, reduction="sum", **walk)
 
 
 def on_logits(loss):

@@ -70,7 +70,7 @@ def plan(x: Tensor, w: Tensor, **walk: object) -> Plan:
     return fl.linear_scores(x, w, **walk).plan()
 
 
-# --- the ways ------------------------------------------------------------------------------------------------------------
+# --- the ways -------------------------------------------------------------------------------------------------------
 
 
 def ours(x: Tensor, w: Tensor, target: Tensor, **options: object) -> Tensor:
@@ -109,8 +109,8 @@ def step(loss: Loss, x: Tensor, w: Tensor, target: Tensor, **options: object) ->
 def floor(x: Tensor, w: Tensor, gemms: int = 3) -> Call:
     """The bare GEMMs of scores, dX and dW (the first `gemms` of them) over chunks of rows into reused buffers."""
     x, w = x.detach(), w.detach()
-    scores = x.new_empty(min(FLOOR_ROWS, x.shape[0]), w.shape[0])
-    dx, dw = torch.empty_like(x), torch.empty_like(w)
+    scores = x.new_ones(min(FLOOR_ROWS, x.shape[0]), w.shape[0])  # ones: touched, so that no page is missing later
+    dx, dw = torch.ones_like(x), torch.ones_like(w)
 
     def call():
         for start in range(0, x.shape[0], FLOOR_ROWS):

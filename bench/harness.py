@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import multiprocessing
+import os
 import statistics
 import subprocess
 import sys
@@ -29,6 +30,7 @@ SECONDS = 25  # of turns per case
 ROUNDS = 3, 15  # fewest and most turns
 GATE = 64  # rows, hit classes and other classes whose gradients the gate looks at
 LOSS_ERROR = 1e-6
+QUIET = 0.05  # of the processor for other processes, at most
 
 Call = Callable[[], Sequence[Tensor]]  # one step; returns the loss and the gradients asked for
 
@@ -62,6 +64,7 @@ class Row:
     accumulator_mib: float  # of it: dW in fp32
     chunks: int
     rounds: int
+    busy: float  # share of the processor that other processes took meanwhile
     note: str
 
 
@@ -86,7 +89,9 @@ def compare(benchmark, comparison: Comparison, machine: str, quick: bool = False
                 call()
                 times[name].append(perf_counter() - start)
 
+    before = processor_seconds()
     benchmark.pedantic(calls[OURS], setup=others, rounds=rounds)
+    everybody, own = (b - a for a, b in zip(before, processor_seconds()))
     times[OURS] = list(benchmark.stats.stats.data)
     median = {name: statistics.median(values) for name, values in times.items()}
     counts = {name: len(values) for name, values in times.items()}
@@ -94,16 +99,27 @@ def compare(benchmark, comparison: Comparison, machine: str, quick: bool = False
         median[name], peaks[name] = call()
         counts[name] = 1
     floor = median[next(iter(calls))]
+    busy = max(0.0, everybody - own) / max(everybody, 1e-9)
     about = machine, commit(), torch.__version__, comparison.case, comparison.dtype
     rows = []
     for name, seconds in median.items():
         ours = name.startswith(OURS)
         more = (comparison.accumulator_bytes / MIB, comparison.chunks) if ours else (0.0, 0)
         figures = 1e3 * seconds, seconds / floor, peaks[name] / MIB
-        rows.append(Row(*about, name, *figures, *more, counts[name], comparison.note))
+        rows.append(Row(*about, name, *figures, *more, counts[name], busy, comparison.note))
         benchmark.extra_info[name] = {k: v for k, v in asdict(rows[-1]).items() if k in ("ms", "ratio", "peak_mib")}
     benchmark.extra_info["chunks"] = comparison.chunks
     return rows
+
+
+def processor_seconds() -> tuple[float, float]:
+    """Seconds of processor time that all processes have taken (as far as Linux tells), and that this one has."""
+    own = sum(os.times()[:2])
+    try:
+        user, nice, system = Path("/proc/stat").read_text().split()[1:4]
+    except OSError:
+        return own, own
+    return (int(user) + int(nice) + int(system)) / os.sysconf("SC_CLK_TCK"), own
 
 
 def traced(call: Call) -> tuple[float, float]:
@@ -140,7 +156,7 @@ def _alone(pipe, make: Callable[..., Call], arguments: tuple) -> None:
     pipe.send(traced(call))
 
 
-# --- the gate ----------------------------------------------------------------------------------------------------------
+# --- the gate ------------------------------------------------------------------------------------------------------
 
 
 def check_linear(call: Call, x: Tensor, w: Tensor, target: Tensor) -> None:
@@ -190,7 +206,7 @@ def log_partitions(x: Tensor, w: Tensor, rows: int = 256) -> Tensor:
     return torch.cat(parts)
 
 
-# --- rows and tables -----------------------------------------------------------------------------------------------------
+# --- rows and tables -----------------------------------------------------------------------------------------------
 
 
 def machine() -> str:
@@ -227,7 +243,8 @@ def append(path: Path, rows: list[Row]) -> None:
 
 def table(rows: list[Row]) -> str:
     """Plain text, one line per contender, a case's lines together."""
-    lines = [f"{'case':40} {'dtype':5} {'contender':25} {'ms':>9} {'ratio':>7} {'peak MiB':>9} {'dW fp32':>8} {'chunks':>6}"]
+    head = f"{'ms':>9} {'ratio':>7} {'peak MiB':>9} {'dW fp32':>8} {'chunks':>6}"
+    lines = [f"{'case':40} {'dtype':5} {'contender':25} {head}"]
     before = None
     for row in rows:
         case = (row.case, row.dtype)
@@ -237,7 +254,10 @@ def table(rows: list[Row]) -> str:
         own = f"{row.accumulator_mib:8.0f} {row.chunks:6d}" if row.chunks else ""
         figures = f"{row.ms:9.1f} {row.ratio:7.3f} {row.peak_mib:9.0f}"
         lines.append(f"{shown[0]:40} {shown[1]:5} {row.contender:25} {figures} {own}".rstrip())
-        if case != before and row.note:
-            lines.append(f"    ({row.note})")
+        notes = [row.note] if row.note else []
+        if row.busy > QUIET:
+            notes.append(f"NOT QUIET: other processes took {row.busy:.0%} of the processor time")
+        if case != before and notes:
+            lines.append(f"    ({'; '.join(notes)})")
         before = case
     return "\n".join(lines)

@@ -34,7 +34,8 @@ def comparison(case, shape, dtype, x, w, target, calls, **more):
     walk = more.pop("walk", {})
     layout = plan(x, w, **walk)
     check = partial(check_linear, calls[OURS], x, w, target)
-    return Comparison(f"{case} {shape_name(shape)}", dtype, calls, check, layout.chunks, layout.accumulator_bytes, **more)
+    name = f"{case} {shape_name(shape)}"
+    return Comparison(name, dtype, calls, check, layout.chunks, layout.accumulator_bytes, **more)
 
 
 @pytest.mark.shapes(*SHAPES, *LARGE)

@@ -1,4 +1,4 @@
-"""Writes docs/losses.md, the table of losses, from the code: ``python docs/generate.py``."""
+"""Writes the table of losses into docs/losses.md and, in short, into README.md: ``python docs/generate.py``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ import torch
 import fusedloss
 from fusedloss.losses import LOSSES, function_of, hyperparameters, name_of
 
+README = Path(__file__).parent.parent / "README.md"
+LOSSES_PAGE = Path(__file__).parent / "losses.md"
+BEGIN, END = "<!-- losses: begin -->", "<!-- losses: end -->"
 COMMON = {"weight", "row_weight", "ignore_index", "reduction", "size_average", "reduce"}
 HEAD = """# Losses
 
@@ -66,5 +69,14 @@ def table() -> str:
     return HEAD + "".join(row(module) for module in LOSSES)
 
 
+def readme() -> str:
+    """README.md with its short table made anew."""
+    before, _, rest = README.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    rows = [f"| `{name_of(m)}` | {formula(inspect.getdoc(function_of(m)))} |\n" for m in LOSSES]
+    return f"{before}{BEGIN}\n| loss | one row of it |\n|---|---|\n{''.join(rows)}{END}{after}"
+
+
 if __name__ == "__main__":
-    (Path(__file__).parent / "losses.md").write_text(table())
+    LOSSES_PAGE.write_text(table())
+    README.write_text(readme())

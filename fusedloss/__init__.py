@@ -2,6 +2,7 @@
 
 from . import nn, statistics
 from ._version import __version__
+from .information import info
 from .losses import class_counts
 from .losses.comp_sum_loss import comp_sum_loss
 from .losses.cross_entropy import cross_entropy, linear_cross_entropy

@@ -99,7 +99,7 @@ def plan(
 
 def _block(columns: int, most: int) -> int:
     """Column blocks of even size, at most `most` and BLOCK_COLUMNS wide, in whole cache lines."""
-    most = max(64, min(BLOCK_COLUMNS, most))
+    most = max(64, min(BLOCK_COLUMNS, most) // 64 * 64)
     count = -(-max(1, columns) // most)
     return -(-(-(-max(1, columns) // count)) // 64) * 64
 

@@ -11,7 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_one_quick_case(tmp_path):
     rows = tmp_path / "rows.csv"
     suite = [sys.executable, "-m", "pytest", "bench", "-p", "no:cacheprovider", "--quick", f"--rows={rows}"]
-    run = subprocess.run([*suite, "-k", "frozen_weight and bf16"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    suite += ["-k", "frozen_weight and bf16"]
+    run = subprocess.run(suite, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "floor: two GEMMs" in run.stdout
     measured = list(csv.DictReader(rows.open(newline="")))

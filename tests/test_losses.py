@@ -544,6 +544,7 @@ def test_table_of_losses_is_up_to_date():
     generate = importlib.util.module_from_spec(code)
     code.loader.exec_module(generate)
     assert (folder / "losses.md").read_text() == generate.table(), "run python docs/generate.py"
+    assert generate.README.read_text() == generate.readme(), "run python docs/generate.py"
 
 
 @pytest.mark.parametrize("module", LOSSES, ids=name_of)
