@@ -18,7 +18,8 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, extension):
         nvcc = shutil.which("nvcc")
-        print(f"fusedloss: CPU-only extension ({f'nvcc at {nvcc}, no CUDA sources yet' if nvcc else 'no nvcc found'})", flush=True)
+        why = f"nvcc is at {nvcc}, but there are no CUDA sources yet" if nvcc else "no nvcc found"
+        print(f"fusedloss: CPU-only extension ({why})", flush=True)
         target = Path(self.get_ext_fullpath(extension.name)).resolve().parent
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)

@@ -99,11 +99,13 @@ int check_statistic(int32_t i, const fl_statistic& k, const fl_tile& t, bool dif
   if (!k.state && any_rows) return fail("statistic %d: state is null", i);
   if (k.keep && !differentiated) {
     if (k.kind != FL_LOGSUMEXP || k.factor != 1 || t.columns > FL_KEPT_COLUMNS)
-      return fail("statistic %d: only a log-sum-exp of factor 1 over at most %d columns keeps exponentials", i, FL_KEPT_COLUMNS);
+      return fail("statistic %d: only a log-sum-exp of factor 1 over at most %d columns keeps exponentials", i,
+                  FL_KEPT_COLUMNS);
     if (!is_dtype(k.keep_dtype)) return fail("statistic %d: keep_dtype %d is unknown", i, k.keep_dtype);
     if (!k.keep_shift) return fail("statistic %d: keep_shift is null", i);
     if (t.rows > 1 && k.keep_stride < t.columns)
-      return fail("statistic %d: keep_stride %lld is less than the %lld columns", i, (long long)k.keep_stride, (long long)t.columns);
+      return fail("statistic %d: keep_stride %lld is less than the %lld columns", i, (long long)k.keep_stride,
+                  (long long)t.columns);
   }
   if (differentiated && !k.coefficient && any_rows && k.kind != FL_MASS) return fail("statistic %d: coefficient is null", i);
   return 0;

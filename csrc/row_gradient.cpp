@@ -7,12 +7,13 @@ namespace fl {
 namespace FL_ISA {
 namespace {
 
-// gradient (+)= psi where the score counts
+// s.gradient (+)= psi where the score counts
 template <bool first, class F>
-void add_derivative(const F& f, const Derivative& d, const float* z, const float* v, int n, float* gradient) {
+void add_derivative(const F& f, const Derivative& d, const float* z, const float* v, int n, Scratch& s) {
   for (int j = 0; j < n; j += lanes) {
+    s.prefetch(j);
     f32 x = load(z + j), g = select(left_out(x), 0.0f, f.psi(x, load(v + j), d));
-    store(gradient + j, first ? g : load(gradient + j) + g);
+    store(s.gradient + j, first ? g : load(s.gradient + j) + g);
   }
 }
 
@@ -106,8 +107,8 @@ void gradient(const fl_tile& t, const Gradient& to, const fl_statistic* all, int
         WithoutRest rest(k, row, first_class, columns, z, s);
         const float* v = load_operand(k, row, first, columns, s);
         with_statistic<f32>(k, k.row ? k.row[row] : 0, [&](const auto& f) {
-          if (empty) add_derivative<true>(f, derivative[i], z, v, n, s.gradient);
-          else add_derivative<false>(f, derivative[i], z, v, n, s.gradient);
+          if (empty) add_derivative<true>(f, derivative[i], z, v, n, s);
+          else add_derivative<false>(f, derivative[i], z, v, n, s);
         });
         empty = false;
       }

@@ -59,7 +59,7 @@ FL_INLINE void sum_block(int n, double* total, Body body) {
 }
 
 template <class F>
-void push(const F& f, double factor, const float* z, const float* v, int n, double* state) {
+void push(const F& f, double factor, const float* z, const float* v, int n, const Scratch& s, double* state) {
   double pivot = 0;
   if (F::pivot == Pivot::mean) pivot = block_mean(z, n);
   if (F::pivot == Pivot::maximum) {
@@ -69,6 +69,7 @@ void push(const F& f, double factor, const float* z, const float* v, int n, doub
   const f32 p = splat<f32>(pivot == -INFINITY ? 0 : pivot);    // none counts so far, or all are NaN
   double total[F::sums], from[F::width];
   sum_block<F::sums>(n, total, [&](int j, f32* sum) __attribute__((always_inline)) {
+    s.prefetch(j);
     f32 x = load(z + j), term[F::sums];
     f.phi(x, load(v + j), p, term);
     for (int k = 0; k < F::sums; ++k) sum[k] += select(left_out(x), 0.0f, term[k]);
@@ -159,7 +160,7 @@ void statistics(const fl_tile& t, const fl_statistic* all, int32_t count, int64_
         }
         const float* v = load_operand(k, row, first, columns, s);
         with_statistic<f32>(k, k.row ? k.row[row] : 0,
-                            [&](const auto& f) { push(f, k.factor, z, v, n, state); });
+                            [&](const auto& f) { push(f, k.factor, z, v, n, s, state); });
       }
     }
 }

@@ -66,26 +66,25 @@ class Program:
 
     def step(self, values, found, rows, shared, factor) -> tuple[Tensor, list[Tensor]]:
         """Losses of a chunk and ∂(Σ factor · loss)/∂value of every statistic."""
-        losses, coefficients = self.run(values, found, rows, list(shared), factor)
-        return losses, coefficients
+        return self.run(values, found, rows, list(shared), factor)
 
 
-def _example(kind: tuple[str, tuple[int, ...]], rows: int | None) -> Tensor:
+def _example(kind: tuple[str, tuple[int, ...]], rows: int | None, device: str) -> Tensor:
     """A tensor of the described type; the content is never looked at, so ones do."""
     dtype, shape = kind
     shape = shape if rows is None else (rows, *shape)
-    return torch.ones(shape, dtype=getattr(torch, dtype))
+    return torch.ones(shape, dtype=getattr(torch, dtype), device=device)
 
 
 @torch.compiler.assume_constant_result
 def program_key(
-    name: str, names: tuple, options: tuple, rows: tuple, shared: tuple, columns: int, dtype: str
+    name: str, names: tuple, options: tuple, rows: tuple, shared: tuple, columns: int, dtype: str, device: str
 ) -> str | None:
     """Trace the loss `name` for these options and kinds of arguments, once. None when it takes two stages."""
-    key = repr((name, names, options, rows, shared, columns, dtype))
+    key = repr((name, names, options, rows, shared, columns, dtype, device))
     if key not in PROGRAMS:
         with torch.enable_grad():
-            PROGRAMS[key] = _trace(FUNCTIONS[name], names, options, rows, shared, columns, getattr(torch, dtype))
+            PROGRAMS[key] = _trace(FUNCTIONS[name], names, options, rows, shared, columns, getattr(torch, dtype), device)
     return None if PROGRAMS[key] is None else key
 
 
@@ -94,10 +93,10 @@ def _row_count(lengths: set[int]) -> int:
     return next(n for n in range(7, 8 + len(lengths)) if n not in lengths)
 
 
-def _trace(function, names, options, rows, shared, columns, dtype) -> Program | None:
+def _trace(function, names, options, rows, shared, columns, dtype, device) -> Program | None:
     lengths = {columns, *(length for _, shape in (*rows, *shared) for length in shape)}
-    row_examples = [_example(kind, _row_count(lengths)) for kind in rows]
-    shared_examples = [_example(kind, None) for kind in shared]
+    row_examples = [_example(kind, _row_count(lengths), device) for kind in rows]
+    shared_examples = [_example(kind, None, device) for kind in shared]
 
     def call(scores, row_tensors, shared_tensors):
         return function(scores, *row_tensors, **dict(zip(names, shared_tensors)), **dict(options))
@@ -123,11 +122,12 @@ def _trace(function, names, options, rows, shared, columns, dtype) -> Program | 
     prepared = make_fx(prepare, tracing_mode="symbolic")(row_examples, shared_examples)
     stats = recorded[0]
     count = _row_count({*lengths, *(int(s.outputs) for s in stats)})
-    row_examples = [_example(kind, count) for kind in rows]
-    values = [torch.ones(count, int(s.outputs), dtype=dtype) for s in stats]
-    found = [torch.ones(count, s.k, dtype=torch.int64) if hasattr(s, "k") else None for s in stats]
+    row_examples = [_example(kind, count, device) for kind in rows]
+    values = [torch.ones(count, int(s.outputs), dtype=dtype, device=device) for s in stats]
+    found = [torch.ones(count, s.k, dtype=torch.int64, device=device) if hasattr(s, "k") else None for s in stats]
     try:
-        ran = make_fx(run, tracing_mode="symbolic")(values, found, row_examples, shared_examples, torch.ones(count, dtype=dtype))
+        factor = torch.ones(count, dtype=dtype, device=device)
+        ran = make_fx(run, tracing_mode="symbolic")(values, found, row_examples, shared_examples, factor)
     except TwoStages:
         return None
     static = tuple(s.static() for s in stats)

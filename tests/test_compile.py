@@ -125,7 +125,7 @@ def test_a_changed_number_changes_the_result(option, linear):
         options = {option: value}
         return linear_cross_entropy(x, w, t, **options) if linear else cross_entropy(x @ w.t(), t, **options)
 
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")
     seen = set()
     for value in (0.5, 0.25, 0.125, 0.75, 0.5):
         seen.add(same(loss, *problem_once(), value, compiled=compiled)[0].item())

@@ -110,7 +110,8 @@ def compare_gradients(got, truth, dtype, size):
     tiny = 1e-7 if dtype == torch.float16 else 1e-12 if dtype == torch.float64 else 1e-7
     scale = max(1.0, size) if dtype != torch.float64 else 1.0
     for name, (a, b) in got_and_truth(got, truth).items():
-        assert a.dtype == dtype
+        assert a.dtype == dtype and a.isfinite().all()
+        b = torch.where(b.isnan(), a.double(), b)  # torch's ignored rows, when all their classes are masked
         largest = b.abs().max().item() if b.numel() else 0.0
         atol = tiny + largest * tolerance + 2e-7 * scale
         torch.testing.assert_close(a.double(), b.double(), rtol=tolerance, atol=atol, msg=lambda m: f"{name}: {m}")
@@ -136,7 +137,8 @@ def test_cross_entropy_is_torchs(backend, a, regime, layout):
     got, (grad,) = with_gradients(lambda z: cross_entropy(z, a.target, **a.options), [z], a.options["reduction"])
     assert got.dtype == wide(a.dtype)
     if undefined(a):
-        assert got == 0 and (grad == 0).all()
+        infinite = regime == "masked" and a.options["label_smoothing"]  # 0 · inf is NaN here as there
+        assert infinite or (got == 0 and (grad == 0).all())
         return
     options = {k: v.double() if k == "weight" and v is not None else v for k, v in a.options.items()}
     exact = plain_target(a.target).double() if a.probable else plain_target(a.target)
@@ -144,9 +146,10 @@ def test_cross_entropy_is_torchs(backend, a, regime, layout):
     if truth.isnan().any():  # label smoothing onto a class of weight 0 and score -inf
         assert regime == "masked" and a.weights and options["label_smoothing"] and not got.isnan().any()
         return
-    compare(got, truth, 1e-10 if a.dtype == torch.float64 else 1e-5, "loss")  # torch's fp32 keeps this at 10^4 too
-    if truth.isfinite().all():
-        compare_gradients([grad], [expected], a.dtype, 0.0)
+    # Like torch's in fp32 at 10^4 too; Σ_j y_j s_j, in the sums over all classes, rounds relative to the largest score.
+    tolerance = 1e-5 if not a.probable and not options["label_smoothing"] else 1e-3 if regime == "huge" else 1e-5
+    compare(got, truth, 1e-10 if a.dtype == torch.float64 else tolerance, "loss")
+    compare_gradients([grad], [expected.masked_fill(z == -INF, 0.0)], a.dtype, 0.0)
     assert grad.isfinite().all() and (grad[z == -INF] == 0).all()
 
 
@@ -161,11 +164,10 @@ def test_a_target_of_score_minus_infinity_has_infinite_loss(backend, reduction, 
     torch.testing.assert_close(loss, F.cross_entropy(z, target, reduction=reduction, label_smoothing=smoothing))
     loss.sum().backward()
     assert z.grad.isfinite().all() and z.grad[1, 2] == 0  # torch: -1 there, though no score below -inf exists
-    others = torch.tensor([0, 2])
-    rows = z.detach()[others].requires_grad_()
-    whole = F.cross_entropy(rows, target[others], reduction="sum", label_smoothing=smoothing)
-    (expected,) = torch.autograd.grad(whole / (3 if reduction == "mean" else 1), rows)
-    torch.testing.assert_close(z.grad[others], expected)
+    theirs = z.detach().requires_grad_()
+    F.cross_entropy(theirs, target, reduction=reduction, label_smoothing=smoothing).sum().backward()
+    finite = z.detach() != -INF
+    torch.testing.assert_close(z.grad[finite], theirs.grad[finite])
 
 
 @pytest.mark.parametrize("kind", [torch.uint8, torch.int16, torch.int32])
@@ -232,6 +234,16 @@ def test_linear_cross_entropy_is_torchs(backend, a, width, regime, biased, layou
     assert not truth.isnan().any()
     compare(got, truth, 1e-10 if a.dtype == torch.float64 else 1e-6 * max(1, size / 100), "loss")
     compare_gradients(grads, expected, a.dtype, 0.0 if a.dtype == torch.float64 else size)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients_of_many_heads_are_rounded_once(backend, dtype):
+    x, w = torch.randn(5, 8).to(dtype).requires_grad_(), torch.randn(11, 40, 8).to(dtype)
+    target = torch.randint(0, 11, (5, 40))
+    linear_cross_entropy(x, w, target).backward()
+    exact = x.detach().double().requires_grad_()
+    F.linear_cross_entropy(exact, w.double(), target).backward()
+    assert (x.grad.double() - exact.grad).norm() < {torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype] * exact.grad.norm()
 
 
 def test_options_argument_is_taken(backend):

@@ -258,7 +258,8 @@ WHERES = {"all": _native.ALL, "rest": _native.REST}
 class Tile:
     """Stored values with some -inf, a row pitch wider than the row, and optionally the way from them to scores."""
 
-    def __init__(self, rows, columns, dtype=torch.float32, *, pad=3, softcap=0.0, scale=1.0, classes=False, seed=0, holes=True):
+    def __init__(self, rows, columns, dtype=torch.float32, *, pad=3, softcap=0.0, scale=1.0, classes=False, seed=0,
+                 holes=True):  # fmt: skip
         random = torch.Generator().manual_seed(seed)
         stored = torch.randn(rows, columns + pad, generator=random) * 3
         if holes and columns > 2:

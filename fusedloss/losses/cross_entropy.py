@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -30,8 +31,7 @@ def indexed(scores, target, *, class_weight=None, label_smoothing=0.0, z_loss=0.
     if label_smoothing:
         mass = scores.columns if class_weight is None else class_weight.sum()
         spread = (mass * log_partition(lse, hit) - total) / scores.columns
-        # A share of the target on an impossible class.
-        spread = torch.where(seen < _count(class_weight, scores.columns), torch.inf, spread)
+        spread = spread + _infinite(seen < _count(class_weight, scores.columns))
         # With ε = 1 the first part counts nothing, be it infinite.
         loss = label_smoothing * spread + ((1 - label_smoothing) * loss if label_smoothing < 1 else 0.0)
     return loss + z_loss * log_partition(lse, hit).square() if _given(z_loss) else loss
@@ -48,13 +48,18 @@ def probable(scores, target, present, total, count, *, class_weight=None, label_
         asked += [Sum(class_weight), Mass(_present(class_weight))]
     lse, hit, seen, *smooth = scores.reduce(*asked)
     # Probability on a class of score -inf is an infinite loss; y_j = 0 there is none (torch: 0 · inf = NaN).
-    loss = torch.where(seen < count, torch.inf, total * lse - hit)
+    loss = total * lse - hit + _infinite(seen < count)
     if label_smoothing:
         spread = (scores.columns if class_weight is None else class_weight.sum()) * lse - smooth[0]
-        spread = torch.where(smooth[1] < _count(class_weight, scores.columns), torch.inf, spread)
+        spread = spread + _infinite(smooth[1] < _count(class_weight, scores.columns))
         spread = label_smoothing / scores.columns * spread
         loss = spread + ((1 - label_smoothing) * loss if label_smoothing < 1 else 0.0)
     return loss + z_loss * lse.square() if _given(z_loss) else loss
+
+
+def _infinite(impossible: Tensor) -> Tensor:
+    """What a share of the target on a class of score -inf adds; the gradient at the other classes stays."""
+    return torch.where(impossible, torch.inf, 0.0)
 
 
 def _present(class_weight: Tensor | None) -> Tensor | None:
@@ -246,10 +251,10 @@ def _many_heads(
         z_loss = z_loss * divisor / torch.where(total == 0, 1.0, total) if _given(z_loss) else z_loss
         counting = counting / torch.where(divisor == 0, 1.0, divisor)
     flat = linear_weight.reshape(classes, heads, width)
-    losses = []
+    losses, shared = [], input.to(wide)  # the heads' gradients add up in the wide type and are rounded once
     for head in range(heads):
         bias = None if linear_bias is None else linear_bias.reshape(classes, heads)[:, head]
-        scores = linear_scores(input, flat[:, head], bias=bias, **more)
+        scores = replace(linear_scores(input, flat[:, head], bias=bias, **more), input=shared)
         single = "none" if reduction == "none" else "sum"
         y = by_head[..., head]
         losses.append(
