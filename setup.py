@@ -33,7 +33,9 @@ class CMakeBuild(build_ext):
             *os.environ.get("CMAKE_ARGS", "").split(),
         ]  # fmt: skip
         subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(build), *(["-j", str(self.parallel)] if self.parallel else [])], check=True)
+        subprocess.run(
+            ["cmake", "--build", str(build), *(["-j", str(self.parallel)] if self.parallel else [])], check=True
+        )
 
 
 setup(

@@ -82,24 +82,25 @@ def compare(benchmark, comparison: Comparison, machine: str, quick: bool = False
     rounds = max(fewest, min(most, int(comparison.seconds / turn)))
     times: dict[str, list[float]] = {name: [] for name in calls}
 
+    spent = []  # processor time, at the start of every turn
+
     def others() -> None:
+        spent.append(processor_seconds())
         for name, call in calls.items():
             if name != OURS:
                 start = perf_counter()
                 call()
                 times[name].append(perf_counter() - start)
 
-    before = processor_seconds()
     benchmark.pedantic(calls[OURS], setup=others, rounds=rounds)
-    everybody, own = (b - a for a, b in zip(before, processor_seconds()))
     times[OURS] = list(benchmark.stats.stats.data)
-    median = {name: statistics.median(values) for name, values in times.items()}
-    counts = {name: len(values) for name, values in times.items()}
+    turns, busy = undisturbed([*spent, processor_seconds()])
+    median = {name: statistics.median(values[turn] for turn in turns) for name, values in times.items()}
+    counts = dict.fromkeys(times, len(turns))
     for name, call in comparison.once.items():
         median[name], peaks[name] = call()
         counts[name] = 1
     floor = median[next(iter(calls))]
-    busy = max(0.0, everybody - own) / max(everybody, 1e-9)
     about = machine, commit(), torch.__version__, comparison.case, comparison.dtype
     rows = []
     for name, seconds in median.items():
@@ -110,6 +111,17 @@ def compare(benchmark, comparison: Comparison, machine: str, quick: bool = False
         benchmark.extra_info[name] = {k: v for k, v in asdict(rows[-1]).items() if k in ("ms", "ratio", "peak_mib")}
     benchmark.extra_info["chunks"] = comparison.chunks
     return rows
+
+
+def undisturbed(spent: list[tuple[float, float]]) -> tuple[list[int], float]:
+    """The turns that other processes left alone (all turns, if fewer than two), and the others' share during them."""
+    shares = []
+    for before, after in zip(spent, spent[1:]):
+        everybody, own = (b - a for a, b in zip(before, after))
+        shares.append(max(0.0, everybody - own) / max(everybody, 1e-9))
+    quiet = [turn for turn, share in enumerate(shares) if share <= QUIET]
+    turns = quiet if len(quiet) >= 2 else list(range(len(shares)))
+    return turns, statistics.mean(shares[turn] for turn in turns)
 
 
 def processor_seconds() -> tuple[float, float]:

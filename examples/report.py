@@ -12,7 +12,6 @@ import matplotlib
 matplotlib.use("Agg")  # draws to a file; needs no display
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-
 from memory import INTERVAL, MemoryTrace
 
 MIB = 2**20
@@ -165,9 +164,9 @@ def draw_differences(axes: Axes, ordinary: Run, fused: Run) -> None:
     gaps = differences(ordinary, fused)
     axes.plot(range(1, len(gaps) + 1), gaps, color="0.3", linewidth=1)
     axes.set(xlabel="step", ylabel="|difference|")
+    axes.set_ylim(bottom=0)
+    axes.ticklabel_format(axis="y", scilimits=(-2, 2))
     axes.xaxis.get_major_locator().set_params(integer=True)
-    if any(gaps):
-        axes.set_yscale("log", nonpositive="mask")
 
 
 def draw_memory(axes: Axes, run: Run) -> None:

@@ -19,15 +19,15 @@ from time import perf_counter
 
 import torch
 import torch.nn.functional as F
+from corpus import VOCABULARY, Corpus, batches, load_corpus
+from memory import SUPPORTED as MEMORY_SUPPORTED
+from memory import MemoryTrace
+from report import Run, Step, draw, table
 from torch import Tensor
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fusedloss
-from corpus import VOCABULARY, Corpus, batches, load_corpus
-from memory import SUPPORTED as MEMORY_SUPPORTED
-from memory import MemoryTrace
-from report import Run, Step, draw, table
 
 # (hidden states (B, T, D), output layer's weight (V, D), labels (B, T)) -> loss
 LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -167,7 +167,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: under autocast")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="threads for PyTorch (default: PyTorch's own choice)")
-    parser.add_argument("--out", type=Path, default=Path("build/demo"), help="where the figure goes (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("build/demo"), help="folder of the figure (default: %(default)s)"
+    )
     options = parser.parse_args()
     if options.quick:
         options.steps = 3

@@ -16,7 +16,6 @@ from . import ops
 from .dense import DenseScores, dense_scores
 from .memory import empty
 from .ops import decode, encode
-from .schedule import accumulation_dtype
 
 __all__ = ["encode", "statistics", "weighted_total"]
 

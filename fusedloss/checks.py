@@ -27,7 +27,9 @@ def fixed(value: object) -> object:
 def check_reduction(function: str, reduction: str) -> None:
     # torch raises ValueError with this wording; callers match on it.
     if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"{function}: reduction: {reduction} is not a valid value for reduction; expected none, mean or sum")
+        raise ValueError(
+            f"{function}: reduction: {reduction} is not a valid value for reduction; expected none, mean or sum"
+        )
 
 
 def check_number(

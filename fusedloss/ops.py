@@ -23,7 +23,19 @@ from torch import Tensor
 from . import backends
 from .backends.tile import Sums
 from .memory import empty
-from .schedule import Gradients, Plan, Stream, Walk, accumulation_dtype, eager_sweep, gradient_sweep, keeps_exponentials, plan, statistics_sweep, waiting_dtype
+from .schedule import (
+    Gradients,
+    Plan,
+    Stream,
+    Walk,
+    accumulation_dtype,
+    eager_sweep,
+    gradient_sweep,
+    keeps_exponentials,
+    plan,
+    statistics_sweep,
+    waiting_dtype,
+)
 from .statistics import Statistic, build
 from .trace import PROGRAMS
 
@@ -55,10 +67,14 @@ def decode(text: str) -> Spec:
     return Spec(statistics, softcap, scale, multiply, Walk(*walk), program)
 
 
-STREAMS = "Tensor x, Tensor? weight, Tensor? bias, Tensor? class_scale, Tensor? class_shift, Tensor? scale, Tensor? keep"
+STREAMS = (
+    "Tensor x, Tensor? weight, Tensor? bias, Tensor? class_scale, Tensor? class_shift, Tensor? scale, Tensor? keep"
+)
 GRADIENTS = "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor"  # of the first six, empty where not needed
 
-torch.library.define("fusedloss::checked_target", "(Tensor target, SymInt columns, SymInt ignore_index, str name) -> (Tensor, Tensor)")
+torch.library.define(
+    "fusedloss::checked_target", "(Tensor target, SymInt columns, SymInt ignore_index, str name) -> (Tensor, Tensor)"
+)
 torch.library.define("fusedloss::statistics", f"(str spec, {STREAMS}, Tensor[] carried) -> (Tensor, Tensor, Tensor)")
 torch.library.define(
     "fusedloss::statistics_backward",
@@ -109,7 +125,10 @@ def _stream(spec: Spec, x, weight, bias, class_scale, class_shift, scale, keep) 
         kept = keep.nonzero().squeeze(1)
     if weight is None and x.shape[1] > 1 and x.stride(1) != 1:
         x = x.contiguous()
-    vectors = [None if v is None else v.detach().to(accumulation_dtype(multiply)).contiguous() for v in (bias, class_scale, class_shift)]
+    vectors = [
+        None if v is None else v.detach().to(accumulation_dtype(multiply)).contiguous()
+        for v in (bias, class_scale, class_shift)
+    ]
     return Stream(
         _operand(x) if weight is not None else x,
         None if weight is None else _operand(weight.to(multiply)),
@@ -243,7 +262,9 @@ def _statistics_backward(text, x, weight, bias, class_scale, class_shift, scale,
 
 
 @torch.library.register_fake("fusedloss::statistics_backward")
-def _statistics_backward_fake(text, x, weight, bias, class_scale, class_shift, scale, keep, carried, states, grad, needs):
+def _statistics_backward_fake(
+    text, x, weight, bias, class_scale, class_shift, scale, keep, carried, states, grad, needs
+):
     return _finished_fakes(needs, [x, weight, bias, class_scale, class_shift, scale], waiting=False)
 
 
@@ -290,4 +311,8 @@ def _eager_gradient(text, x, weight, bias, class_scale, class_shift, scale, keep
 def _eager_gradient_fake(text, x, weight, bias, class_scale, class_shift, scale, keep, row_factor, rows, shared, needs):
     spec = decode(text)
     losses = x.new_empty(x.shape[0], dtype=accumulation_dtype(DTYPES[spec.multiply]))
-    return losses.new_empty(()), losses, *_finished_fakes(needs, [x, weight, bias, class_scale, class_shift, scale], waiting=True)
+    return (
+        losses.new_empty(()),
+        losses,
+        *_finished_fakes(needs, [x, weight, bias, class_scale, class_shift, scale], waiting=True),
+    )

@@ -125,7 +125,9 @@ def row_loss(function: Callable) -> Callable:
         check_reduction(name, reduction)
         scores = as_scores(scores)
         if len(arguments) != len(per_row):
-            raise TypeError(f"{name}: expected {', '.join(per_row) or 'nothing'} after scores, got {len(arguments)} arguments")
+            raise TypeError(
+                f"{name}: expected {', '.join(per_row) or 'nothing'} after scores, got {len(arguments)} arguments"
+            )
         unknown = [o for o in options if o not in known]
         if unknown:
             raise TypeError(f"{name}: got an unexpected keyword argument {unknown[0]!r}")
@@ -137,7 +139,13 @@ def row_loss(function: Callable) -> Callable:
                 class_weight = weight[rows[0]]
         for number in range(0 if keep is None else 1, len(rows)):
             extra, given = len(scores.leading), rows[number]
-            expect(given.shape[:extra] == scores.leading, name, per_row[number], f"leading shape {tuple(scores.leading)}", given)
+            expect(
+                given.shape[:extra] == scores.leading,
+                name,
+                per_row[number],
+                f"leading shape {tuple(scores.leading)}",
+                given,
+            )
             rows[number] = given.reshape(scores.leading.numel(), *given.shape[extra:])
         if row_weight is not None:
             expect(row_weight.shape == scores.leading, name, "row_weight", f"shape {tuple(scores.leading)}", row_weight)

@@ -28,6 +28,8 @@ MIB = 1 << 20
 # Fewest rows per chunk at which the eager schedule beats recomputing: below it, reading and writing dW for every chunk
 # costs more than a fourth GEMM (measured on CPU, see docs/performance.md).
 EAGER_ROWS = 192
+# Most rows per chunk: more make the GEMMs no faster, and the tile larger.
+MOST_ROWS = 2048
 # A block of scores that stays in the caches between the GEMM that writes it and the pass that reads it.
 BLOCK_BYTES = 8 * MIB
 BLOCK_COLUMNS = 2048
@@ -41,7 +43,9 @@ class Walk:
 
     memory_budget: int = 256 * MIB  # bytes of score tile
     schedule: str = "auto"  # "auto", "eager", "recompute"
-    gradient_filter: float = 0.0  # skip classes whose every |∂L/∂s| in a row chunk is below this × the largest row factor
+    gradient_filter: float = (
+        0.0  # skip classes whose every |∂L/∂s| in a row chunk is below this × the largest row factor
+    )
     backend: str = "auto"
 
 
@@ -78,12 +82,12 @@ def plan(
     """Choose schedule and chunk sizes for `rows` × `columns` scores of `width`-dimensional inputs of type `dtype`."""
     wide = accumulation_dtype(dtype).itemsize
     kept = dtype.itemsize if exponentials else wide
-    fit = walk.memory_budget // max(1, columns * kept)
+    fit = min(MOST_ROWS, walk.memory_budget // max(1, columns * kept))
     if walk.schedule == "eager" or (walk.schedule == "auto" and fit >= min(rows, EAGER_ROWS)):
         if columns * width * wide <= CACHED_BYTES:  # adding to dW costs nothing: chunks that stay in the caches too
             fit = min(fit, max(EAGER_ROWS, BLOCK_BYTES // max(1, columns * kept)))
-        chunks = -(-rows // max(1, fit)) if rows else 0
-        chunk_rows = -(-rows // chunks) if chunks else 0  # even chunks: a short last one wastes a pass over W
+        chunks = _divided_up(rows, max(1, fit))
+        chunk_rows = _divided_up(rows, max(1, chunks))  # even chunks: a short last one wastes a pass over W
         block = _block(columns, BLOCK_BYTES // (max(1, chunk_rows) * wide))
         scratch = chunk_rows * block * wide if kept != wide else 0
         rounded = half(waiting_dtype(dtype if gradient_dtype is None else gradient_dtype))
@@ -91,17 +95,21 @@ def plan(
         tile = chunk_rows * columns * kept
         return Plan("eager", chunk_rows, chunks, block, tile, scratch, accumulator, exponentials)
     room = min(walk.memory_budget, BLOCK_BYTES)
-    chunk_rows = max(1, min(rows, 2048, room // (512 * wide)))
+    chunk_rows = max(1, min(rows, MOST_ROWS, room // (512 * wide)))
     block = _block(columns, room // (chunk_rows * wide))
-    chunks = -(-rows // chunk_rows) if rows else 0
+    chunks = _divided_up(rows, chunk_rows)
     return Plan("recompute", chunk_rows, chunks, block, chunk_rows * block * wide, block * width * wide, 0)
 
 
 def _block(columns: int, most: int) -> int:
     """Column blocks of even size, at most `most` and BLOCK_COLUMNS wide, in whole cache lines."""
     most = max(64, min(BLOCK_COLUMNS, most) // 64 * 64)
-    count = -(-max(1, columns) // most)
-    return -(-(-(-max(1, columns) // count)) // 64) * 64
+    count = _divided_up(max(1, columns), most)
+    return _divided_up(_divided_up(max(1, columns), count), 64) * 64
+
+
+def _divided_up(total: int, part: int) -> int:
+    return -(-total // part)
 
 
 def spans(total: int, step: int) -> Iterator[slice]:
@@ -276,7 +284,9 @@ def eager_sweep(
         tile = buffer[:count]
         mine = [s.taking(rows) for s in stats]
         cut = [[s.taking(columns=columns) for s in mine] for columns in blocks]
-        kept = [Exponentials(tile[:, c], shift[:count]) if layout.exponentials else None for c, shift in zip(blocks, shifts)]
+        kept = [
+            Exponentials(tile[:, c], shift[:count]) if layout.exponentials else None for c, shift in zip(blocks, shifts)
+        ]
         states = [s.identity(count, device) for s in stats]
         for number, columns in enumerate(blocks):
             raw = tile[:, columns] if scratch is None else _corner(scratch, rows, columns)

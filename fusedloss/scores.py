@@ -66,12 +66,22 @@ class Scores:
         scale = 1.0 if isinstance(self.scale, Tensor) else self.scale
         walk = self.walk
         options = (fixed(walk.memory_budget), walk.schedule, fixed(walk.gradient_filter), walk.backend)
-        return autograd.encode(statistics, fixed(self.softcap), fixed(scale), str(self.multiply_dtype), options, program)
+        return autograd.encode(
+            statistics, fixed(self.softcap), fixed(scale), str(self.multiply_dtype), options, program
+        )
 
     def keeping(self, keep: Tensor | None) -> Scores:
         """The same scores where only some rows count; the others cost nothing."""
         return Scores(
-            self.input, self.weight, self.bias, self.class_scale, self.class_shift, self.softcap, self.scale, self.walk, keep
+            self.input,
+            self.weight,
+            self.bias,
+            self.class_scale,
+            self.class_shift,
+            self.softcap,
+            self.scale,
+            self.walk,
+            keep,
         )
 
     def adjusted(self, class_scale: Tensor | None = None, class_shift: Tensor | None = None) -> Scores:
@@ -146,7 +156,14 @@ def check_linear(name: str, input: Tensor, weight: Tensor, bias: Tensor | None, 
     expect(weight.shape[0] > 0, name, of_weight, "at least one class", weight)
     expect(bias is None or bias.shape == weight.shape[:-1], name, of_bias, f"{tuple(weight.shape[:-1])}", bias)
     for argument, tensor in (("input", input), (of_weight, weight), (of_bias, bias)):
-        expect(tensor is None or tensor.dtype in FLOATING, name, argument, _KINDS, getattr(tensor, "dtype", None), TypeError)
+        expect(
+            tensor is None or tensor.dtype in FLOATING,
+            name,
+            argument,
+            _KINDS,
+            getattr(tensor, "dtype", None),
+            TypeError,
+        )
     autocast = torch.is_autocast_enabled(input.device.type)
     expect(autocast or input.dtype == weight.dtype, name, of_weight, f"{input.dtype} as input", weight.dtype, TypeError)
 
@@ -209,7 +226,9 @@ def logits_scores(
     return Scores(logits, None, None, None, None, softcap, scale, Walk(backend=backend))
 
 
-def _options(name: str, softcap: float | None, scale: float | Tensor, temperature: float) -> tuple[float, float | Tensor]:
+def _options(
+    name: str, softcap: float | None, scale: float | Tensor, temperature: float
+) -> tuple[float, float | Tensor]:
     expect(softcap is None or softcap > 0, name, "softcap", "a number > 0 or None", softcap)
     expect(temperature > 0, name, "temperature", "a number > 0", temperature)
     if isinstance(scale, Tensor):

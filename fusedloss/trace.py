@@ -84,7 +84,9 @@ def program_key(
     key = repr((name, names, options, rows, shared, columns, dtype, device))
     if key not in PROGRAMS:
         with torch.enable_grad():
-            PROGRAMS[key] = _trace(FUNCTIONS[name], names, options, rows, shared, columns, getattr(torch, dtype), device)
+            PROGRAMS[key] = _trace(
+                FUNCTIONS[name], names, options, rows, shared, columns, getattr(torch, dtype), device
+            )
     return None if PROGRAMS[key] is None else key
 
 

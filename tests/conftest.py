@@ -53,7 +53,7 @@ def poisoned_memory(request, monkeypatch):
 
 @pytest.fixture(params=sorted(BY_NAME, key=lambda name: name != "torch"))
 def backend(request, monkeypatch):
-    """Each live backend's name in turn; while it lasts, "auto" prefers that backend, and takes torch for what it lacks."""
+    """Each live backend's name in turn; "auto" prefers that one, and takes torch for what it lacks."""
     missing = BY_NAME[request.param].why_not()
     if missing is not None:
         pytest.skip(f"backend {request.param!r} is not live here: {missing}")

@@ -129,7 +129,7 @@ def test_a_second_backward_costs_a_second_walk_and_no_more(backend):
     assert sum(work) == pytest.approx(3)
 
 
-# --- gradients are handed over, not copied -----------------------------------------------------------------------------
+# --- gradients are handed over, not copied ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("factor", [1.0, 3.0])
@@ -275,7 +275,9 @@ def test_create_graph_first_and_plain_backward_after(backend):
 def test_create_graph_with_a_lone_class_or_masked_rivals(backend):
     """log of an empty sum: its derivative must not become NaN."""
     x = torch.randn(4, 3, requires_grad=True)
-    (grad,) = torch.autograd.grad(linear_cross_entropy(x, torch.randn(1, 3), torch.zeros(4).long()), x, create_graph=True)
+    (grad,) = torch.autograd.grad(
+        linear_cross_entropy(x, torch.randn(1, 3), torch.zeros(4).long()), x, create_graph=True
+    )
     assert (grad == 0).all()
     z = torch.tensor([[1.0, -torch.inf], [0.5, 0.7]], requires_grad=True)
     loss = cross_entropy(z, torch.tensor([0, 1]))

@@ -40,7 +40,9 @@ def same(function, *arguments, compiled=None, tolerance=1e-5):
     compiled = compiled or torch.compile(function, fullgraph=True, backend="aot_eager")
     results = []
     for run in (function, compiled, compiled):
-        copies = [a.detach().clone().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a for a in arguments]
+        copies = [
+            a.detach().clone().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a for a in arguments
+        ]
         value = run(*copies)
         leaves = [c for c in copies if isinstance(c, torch.Tensor) and c.requires_grad]
         results.append([value.detach(), *(torch.autograd.grad(value.sum(), leaves) if leaves else [])])
@@ -331,7 +333,9 @@ OPTIONAL = {
 }
 
 
-def op_scores(dtype=torch.float32, rows=N, keep=None, bias=False, vectors=False, scale=False, frozen=(), logits=False, **walk):
+def op_scores(
+    dtype=torch.float32, rows=N, keep=None, bias=False, vectors=False, scale=False, frozen=(), logits=False, **walk
+):
     def parameter(*shape):
         return torch.randn(shape).to(dtype).requires_grad_()
 

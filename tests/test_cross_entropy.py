@@ -39,7 +39,10 @@ def arguments(draw, half=True):
     g = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
     leading = () if layout == "1d" else (rows, *extra)
     probable = draw(st.booleans()) and draw(st.booleans())
-    options = {"reduction": draw(st.sampled_from(REDUCTIONS)), "label_smoothing": draw(st.sampled_from([0.0, 0.0, 0.1, 1.0]))}
+    options = {
+        "reduction": draw(st.sampled_from(REDUCTIONS)),
+        "label_smoothing": draw(st.sampled_from([0.0, 0.0, 0.1, 1.0])),
+    }
     weight = draw(st.sampled_from([None, None, "random", "zeros"]))
     if weight:
         options["weight"] = torch.rand(classes, generator=g, dtype=torch.float64).to(wide(dtype))
@@ -102,10 +105,12 @@ def with_gradients(function, leaves, reduction):
 
 def compare(got, truth, tolerance, what):
     assert torch.equal(got.isinf(), truth.isinf()), f"{what}: {got} for {truth}"
-    torch.testing.assert_close(got.double(), truth.double(), rtol=tolerance, atol=tolerance, msg=lambda m: f"{what}: {m}")
+    torch.testing.assert_close(
+        got.double(), truth.double(), rtol=tolerance, atol=tolerance, msg=lambda m: f"{what}: {m}"
+    )
 
 
-def compare_gradients(got, truth, dtype, size):
+def compare_gradients(got, truth, dtype, size, rounding=0.0):
     tolerance = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-9}[dtype]
     tiny = 1e-7 if dtype == torch.float16 else 1e-12 if dtype == torch.float64 else 1e-7
     scale = max(1.0, size) if dtype != torch.float64 else 1.0
@@ -113,7 +118,7 @@ def compare_gradients(got, truth, dtype, size):
         assert a.dtype == dtype and a.isfinite().all()
         b = torch.where(b.isnan(), a.double(), b)  # torch's ignored rows, when all their classes are masked
         largest = b.abs().max().item() if b.numel() else 0.0
-        atol = tiny + largest * tolerance + 2e-7 * scale
+        atol = tiny + largest * tolerance + 2e-7 * scale + rounding
         torch.testing.assert_close(a.double(), b.double(), rtol=tolerance, atol=atol, msg=lambda m: f"{name}: {m}")
 
 
@@ -178,7 +183,9 @@ def test_narrow_targets_do_not_wrap_around(kind, classes):
     torch.testing.assert_close(cross_entropy(z, target.to(kind)), F.cross_entropy(z, target))
 
 
-@pytest.mark.parametrize("legacy", [{"size_average": False}, {"reduce": False}, {"size_average": True, "reduce": False}])
+@pytest.mark.parametrize(
+    "legacy", [{"size_average": False}, {"reduce": False}, {"size_average": True, "reduce": False}]
+)
 @pytest.mark.filterwarnings("ignore:size_average and reduce")
 def test_deprecated_arguments(legacy):
     z, target = torch.randn(4, 5), torch.tensor([0, 1, 2, 4])
@@ -216,7 +223,9 @@ def test_linear_cross_entropy_is_torchs(backend, a, width, regime, biased, layou
     leaves = [laid_out(t.to(a.dtype), layout) for t in ([x, w, bias] if biased else [x, w])]
 
     def ours(x, w, bias=None):
-        return linear_cross_entropy(x, w, a.target, linear_bias=bias, schedule=schedule, memory_budget=1 << 14, **a.options)
+        return linear_cross_entropy(
+            x, w, a.target, linear_bias=bias, schedule=schedule, memory_budget=1 << 14, **a.options
+        )
 
     options = {k: v.double() if k == "weight" and v is not None else v for k, v in a.options.items()}
     exact = plain_target(a.target).double() if a.probable else plain_target(a.target)
@@ -233,7 +242,11 @@ def test_linear_cross_entropy_is_torchs(backend, a, width, regime, biased, layou
     size = 1e4 if regime == "huge" else 10.0
     assert not truth.isnan().any()
     compare(got, truth, 1e-10 if a.dtype == torch.float64 else 1e-6 * max(1, size / 100), "loss")
-    compare_gradients(grads, expected, a.dtype, 0.0 if a.dtype == torch.float64 else size)
+    # Sums of rounded score gradients may cancel; how well they are rounded is the tolerance policy's business, below.
+    terms = (a.classes + a.rows) * max(1, math.prod(a.extra))
+    largest = max((t.abs().max().item() for t in leaves if t.numel() and t.isfinite().all()), default=1.0)
+    rounding = {torch.bfloat16: 2**-8, torch.float16: 2**-11}.get(a.dtype, 0.0) * terms**0.5 * largest
+    compare_gradients(grads, expected, a.dtype, 0.0 if a.dtype == torch.float64 else size, 2 * rounding)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -243,13 +256,17 @@ def test_gradients_of_many_heads_are_rounded_once(backend, dtype):
     linear_cross_entropy(x, w, target).backward()
     exact = x.detach().double().requires_grad_()
     F.linear_cross_entropy(exact, w.double(), target).backward()
-    assert (x.grad.double() - exact.grad).norm() < {torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype] * exact.grad.norm()
+    assert (x.grad.double() - exact.grad).norm() < {torch.bfloat16: 2**-8, torch.float16: 2**-11}[
+        dtype
+    ] * exact.grad.norm()
 
 
 def test_options_argument_is_taken(backend):
     x, w, target = torch.randn(4, 3), torch.randn(5, 3), torch.tensor([0, 1, 3, 4])
     options = torch.nn.LinearCrossEntropyOptions()
-    torch.testing.assert_close(linear_cross_entropy(x, w, target, options=options), F.linear_cross_entropy(x, w, target))
+    torch.testing.assert_close(
+        linear_cross_entropy(x, w, target, options=options), F.linear_cross_entropy(x, w, target)
+    )
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
@@ -356,7 +373,9 @@ def test_errors_of_our_own_options_name_the_argument(argument, options):
             call()
 
 
-@pytest.mark.parametrize("walk", [{"memory_budget": 0}, {"schedule": "greedy"}, {"gradient_filter": -1.0}, {"backend": "abacus"}])
+@pytest.mark.parametrize(
+    "walk", [{"memory_budget": 0}, {"schedule": "greedy"}, {"gradient_filter": -1.0}, {"backend": "abacus"}]
+)
 def test_errors_of_the_walk_name_the_argument(walk):
     with pytest.raises(ValueError, match=f"{next(iter(walk))}: expected"):
         linear_cross_entropy(X, W, T, **walk)
@@ -364,7 +383,8 @@ def test_errors_of_the_walk_name_the_argument(walk):
 
 @pytest.mark.parametrize("linear", [False, True])
 @pytest.mark.parametrize(
-    ("shape", "place", "shown"), [((7,), (4,), "4"), ((3, 5), (2, 1), "2, 1"), ((2, 3, 2), (1, 0, 1), "1, 0, 1"), ((), (), "")]
+    ("shape", "place", "shown"),
+    [((7,), (4,), "4"), ((3, 5), (2, 1), "2, 1"), ((2, 3, 2), (1, 0, 1), "1, 0, 1"), ((), (), "")],
 )
 def test_a_target_out_of_range_is_named_before_anything_is_computed(monkeypatch, linear, shape, place, shown):
     target = torch.zeros(shape, dtype=torch.int64)
@@ -656,7 +676,9 @@ def test_any_leading_shape_of_a_linear_layer(backend):
 def test_class_vectors_of_another_floating_type_are_taken(backend):
     x, w, y = torch.randn(4, 3), torch.randn(5, 3), torch.rand(4, 5)
     other = torch.rand(5, dtype=torch.float64)
-    torch.testing.assert_close(linear_cross_entropy(x, w, T, linear_bias=other), F.linear_cross_entropy(x, w, T, linear_bias=other.float()))
+    torch.testing.assert_close(
+        linear_cross_entropy(x, w, T, linear_bias=other), F.linear_cross_entropy(x, w, T, linear_bias=other.float())
+    )
     torch.testing.assert_close(cross_entropy(x @ w.t(), T, other), F.cross_entropy(x @ w.t(), T, other.float()))
     loss = cross_entropy(x @ w.t(), y.double())
     assert loss.dtype == torch.float32  # torch: float64

@@ -17,7 +17,11 @@ ROW = V * 4  # bytes of one row of an fp32 tile
 
 
 def problem(dtype=torch.float32, n=N, d=D, v=V):
-    return torch.randn(n, d).to(dtype).requires_grad_(), torch.randn(v, d).to(dtype).requires_grad_(), torch.randint(0, v, (n,))
+    return (
+        torch.randn(n, d).to(dtype).requires_grad_(),
+        torch.randn(v, d).to(dtype).requires_grad_(),
+        torch.randint(0, v, (n,)),
+    )
 
 
 def run(call, x, w):
@@ -60,7 +64,9 @@ def test_every_walk_gives_the_same_numbers(backend, walk, dtype):
         return smooth + 1e-2 * s.logsumexp(1)[keep].square().mean()
 
     truth = run(dense, x.detach().double().requires_grad_(), w.detach().double().requires_grad_())
-    agree(found, truth, {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype])
+    agree(
+        found, truth, {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+    )
 
 
 @pytest.mark.parametrize("walk", WALKS, ids=lambda w: "-".join(map(str, w.values())))
@@ -70,7 +76,11 @@ def test_every_walk_of_a_loss_that_needs_the_scores_themselves(backend, walk, dt
     x, w, target = problem(dtype)
     found = run(lambda x, w: squentropy(linear_scores(x, w, **walk), target), x, w)
     exact = [t.detach().double().requires_grad_() for t in (x, w)]
-    agree(found, run(lambda x, w: squentropy_reference(x @ w.t(), target).mean(), *exact), 1e-5 if dtype == torch.float32 else 2**-8)
+    agree(
+        found,
+        run(lambda x, w: squentropy_reference(x @ w.t(), target).mean(), *exact),
+        1e-5 if dtype == torch.float32 else 2**-8,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -78,7 +88,9 @@ def test_every_walk_of_a_loss_that_needs_the_scores_themselves(backend, walk, dt
 def test_many_chunks_round_no_more_than_one(backend, dtype, rows):
     """dW is not rounded per chunk."""
     x, w, target = problem(dtype, 100)
-    loss = linear_cross_entropy(x, w, target, schedule="eager", memory_budget=rows * ROW // (2 if dtype != torch.float32 else 1))
+    loss = linear_cross_entropy(
+        x, w, target, schedule="eager", memory_budget=rows * ROW // (2 if dtype != torch.float32 else 1)
+    )
     loss.backward()
     check_linear_gradients(x.grad, w.grad, lambda s: F.cross_entropy(s, target), x, w, target)
 
@@ -103,7 +115,9 @@ def test_any_shape_and_budget(backend, n, d, v, budget, schedule, ignored, dtype
     exact = [t.detach().double().requires_grad_() for t in (x, w)]
     truth, ex, ew = run(lambda x, w: F.cross_entropy(x @ w.t(), target, reduction="sum"), *exact)
     tolerance = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2e-2}[dtype]
-    torch.testing.assert_close(loss.double(), truth, rtol=min(tolerance, 2e-5), atol=2e-5 if dtype != torch.float64 else 1e-10)
+    torch.testing.assert_close(
+        loss.double(), truth, rtol=min(tolerance, 2e-5), atol=2e-5 if dtype != torch.float64 else 1e-10
+    )
     for got, expected in ((dx, ex), (dw, ew)):
         size = expected.abs().max().item() if expected.numel() else 0
         torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance * max(size, 1.0))
@@ -134,7 +148,9 @@ def test_ignored_rows(backend, which, schedule, dtype, reduction):
         x[ignored] = torch.nan  # padding may hold anything
     target[ignored] = -100
     bias, row_weight = torch.randn(V).to(dtype).requires_grad_(), torch.rand(N).requires_grad_()
-    options = dict(linear_bias=bias, row_weight=row_weight, reduction=reduction, schedule=schedule, memory_budget=10 * ROW)
+    options = dict(
+        linear_bias=bias, row_weight=row_weight, reduction=reduction, schedule=schedule, memory_budget=10 * ROW
+    )
     loss = linear_cross_entropy(x, w, target, **options)
     found = torch.autograd.grad(loss.sum(), [x, w, bias, row_weight])
     assert all(g.isfinite().all() for g in found) and loss.isfinite().all()
@@ -170,7 +186,9 @@ def test_plans_are_possible_and_keep_to_the_budget(rows, width, columns, dtype, 
     chunks = list(spans(rows, layout.chunk_rows)) if rows < 10**4 else []
     if chunks:
         assert len(chunks) == layout.chunks and chunks[0].start == 0 and chunks[-1].stop == rows
-    least = 64 * 8 * max(1, layout.chunk_rows) if layout.schedule == "recompute" else columns * 8  # one row, one cache line
+    least = (
+        64 * 8 * max(1, layout.chunk_rows) if layout.schedule == "recompute" else columns * 8
+    )  # one row, one cache line
     assert layout.tile_bytes <= max(budget, least)
     if schedule == "auto" and layout.schedule == "eager":
         assert layout.tile_bytes <= budget
@@ -218,7 +236,9 @@ def test_memory_stays_within_the_plan(backend, dtype, schedule, budget):
 
     peak, _ = peak_memory(step)
     block = layout.chunk_rows * layout.block_columns * 4
-    room = MIB if backend == "cpu" else MIB + 12 * block + 2 * gradients  # plain PyTorch writes every step of a block out
+    room = (
+        MIB if backend == "cpu" else MIB + 12 * block + 2 * gradients
+    )  # plain PyTorch writes every step of a block out
     per_row, wide_input, part = 200 * n, n * d * 4, layout.block_columns * d * 4
     assert peak <= stated + gradients + per_row + wide_input + part + room
     if budget * MIB < n * v * 4 // 2 and backend == "cpu":
@@ -299,7 +319,9 @@ def test_filtering_saves_gemms(backend):
     work, engine = [], BY_NAME[backend]
     plain = engine.gemm
     try:
-        engine.gemm = lambda out, a, b, accumulate: work.append(out.numel() * a.shape[1]) or plain(out, a, b, accumulate)
+        engine.gemm = lambda out, a, b, accumulate: (
+            work.append(out.numel() * a.shape[1]) or plain(out, a, b, accumulate)
+        )
         linear_cross_entropy(0.1 * x, w, target, linear_bias=bias, gradient_filter=1e-6, schedule="eager")
     finally:
         engine.gemm = plain

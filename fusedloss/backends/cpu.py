@@ -173,14 +173,23 @@ class _Arguments:
             return {}
         if tensor.dim() == 2 and tensor.dtype in _DTYPES and tensor.stride(1) == 1:
             self.held.append(tensor)
-            return {"operand": tensor.data_ptr(), "operand_stride": tensor.stride(0), "operand_dtype": _DTYPES[tensor.dtype]}
+            return {
+                "operand": tensor.data_ptr(),
+                "operand_stride": tensor.stride(0),
+                "operand_dtype": _DTYPES[tensor.dtype],
+            }
         stride = tensor.shape[1] if tensor.dim() == 2 else 0
         return {"operand": self.hold(tensor, torch.float32), "operand_stride": stride}
 
     def score(self, s: S.Score) -> dict:
         shared = s.columns is not None
         at = s.columns if shared else s.at
-        return {"kind": _native.SCORE, "count": s.width, "at": self.hold(at, torch.int64), "at_stride": 0 if shared else s.width}
+        return {
+            "kind": _native.SCORE,
+            "count": s.width,
+            "at": self.hold(at, torch.int64),
+            "at_stride": 0 if shared else s.width,
+        }
 
     def expectation(self, s: S.Expectation) -> dict:
         if s.values is None:
@@ -190,7 +199,13 @@ class _Arguments:
         else:
             function = _native.V_ABSOLUTE if s.power == 1 else _native.V_SQUARE
         row = self.hold(s.near, torch.float32)
-        return {"kind": _native.EXPECTATION, "function": function, "factor": s.factor, "row": row, **self.operand(s.values)}
+        return {
+            "kind": _native.EXPECTATION,
+            "function": function,
+            "factor": s.factor,
+            "row": row,
+            **self.operand(s.values),
+        }
 
     def sum_of(self, s: S.SumOf) -> dict:
         function = getattr(_native, f"F_{s.function.upper()}")
@@ -220,7 +235,12 @@ def statistics(
 
 
 def gradient(
-    tile: Tile, out: Tensor, stats: Sequence[S.Statistic], states: Sequence[Tensor], coefficients: Sequence[Tensor], sums: Sums
+    tile: Tile,
+    out: Tensor,
+    stats: Sequence[S.Statistic],
+    states: Sequence[Tensor],
+    coefficients: Sequence[Tensor],
+    sums: Sums,
 ) -> None:
     """out = ∂L/∂a of the tile, given ∂L/∂value of every statistic; `out` may share the tile's memory."""
     arguments = []

@@ -50,7 +50,12 @@ def statistics(
 
 
 def gradient(
-    tile: Tile, out: Tensor, stats: Sequence[Statistic], states: Sequence[Tensor], coefficients: Sequence[Tensor], sums: Sums
+    tile: Tile,
+    out: Tensor,
+    stats: Sequence[Statistic],
+    states: Sequence[Tensor],
+    coefficients: Sequence[Tensor],
+    sums: Sums,
 ) -> None:
     """out = ∂L/∂a of the tile, given ∂L/∂value of every statistic; `out` may share the tile's memory."""
     a, z = tile.data.to(tile.compute_dtype), tile.scores()

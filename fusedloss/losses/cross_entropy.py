@@ -90,16 +90,35 @@ def on_scores(
     expect(isinstance(target, Tensor), name, "target", "a tensor", target, TypeError)
     whole = ignore_index is None or isinstance(ignore_index, (int, torch.SymInt))
     expect(whole, name, "ignore_index", "an integer", ignore_index, TypeError)
-    expect(weight is None or weight.is_floating_point(), name, "weight", "floating point", getattr(weight, "dtype", None), TypeError)
+    expect(
+        weight is None or weight.is_floating_point(),
+        name,
+        "weight",
+        "floating point",
+        getattr(weight, "dtype", None),
+        TypeError,
+    )
     expect(0.0 <= label_smoothing <= 1.0, name, "label_smoothing", "a number in [0, 1]", label_smoothing)
     expect(weight is None or weight.shape == (scores.columns,), name, "weight", f"({scores.columns},)", weight)
-    expect(row_weight is None or row_weight.shape == scores.leading, name, "row_weight", f"{tuple(scores.leading)}", row_weight)
+    expect(
+        row_weight is None or row_weight.shape == scores.leading,
+        name,
+        "row_weight",
+        f"{tuple(scores.leading)}",
+        row_weight,
+    )
     weight = None if weight is None else weight.to(scores.dtype)
     options = {"label_smoothing": label_smoothing}
     shared = {} if weight is None else {"class_weight": weight}
     (shared if isinstance(z_loss, Tensor) else options)["z_loss"] = z_loss
     if target.is_floating_point() and target.shape == (*scores.leading, scores.columns):
-        expect(ignore_index is None or ignore_index < 0, name, "ignore_index", "None with target probabilities", ignore_index)
+        expect(
+            ignore_index is None or ignore_index < 0,
+            name,
+            "ignore_index",
+            "None with target probabilities",
+            ignore_index,
+        )
         y = target.reshape(-1, scores.columns)
         y = y if weight is None else y * weight
         factor = row_factors(scores, None, None, row_weight, reduction)
@@ -169,8 +188,16 @@ def cross_entropy(
             target = target.movedim(classes, -1)
         input = logits_scores(input.movedim(classes, -1), softcap=softcap, temperature=temperature)
     else:
-        expect(softcap is None and temperature == 1.0, "cross_entropy", "softcap, temperature", "given to the scores", "both")
-    return on_scores("cross_entropy", input, target, weight, row_weight, ignore_index, reduction, label_smoothing, z_loss)
+        expect(
+            softcap is None and temperature == 1.0,
+            "cross_entropy",
+            "softcap, temperature",
+            "given to the scores",
+            "both",
+        )
+    return on_scores(
+        "cross_entropy", input, target, weight, row_weight, ignore_index, reduction, label_smoothing, z_loss
+    )
 
 
 def linear_cross_entropy(
@@ -213,15 +240,39 @@ def linear_cross_entropy(
     if linear_weight.dim() == 2:
         scores = linear_scores(input, linear_weight, bias=linear_bias, **more)
         probable = target.is_floating_point() and target.shape == (*scores.leading, scores.columns)
-        expect(not probable or ignore_index is None, name, "ignore_index", "None with target probabilities", ignore_index)
+        expect(
+            not probable or ignore_index is None, name, "ignore_index", "None with target probabilities", ignore_index
+        )
         return on_scores(name, scores, target, weight, row_weight, ignore_index, reduction, label_smoothing, z_loss)
     return _many_heads(
-        input, linear_weight, target, linear_bias, reduction, row_weight, more, name, weight, ignore_index, label_smoothing, z_loss
+        input,
+        linear_weight,
+        target,
+        linear_bias,
+        reduction,
+        row_weight,
+        more,
+        name,
+        weight,
+        ignore_index,
+        label_smoothing,
+        z_loss,
     )
 
 
 def _many_heads(
-    input, linear_weight, target, linear_bias, reduction, row_weight, more, name, weight, ignore_index, label_smoothing, z_loss
+    input,
+    linear_weight,
+    target,
+    linear_bias,
+    reduction,
+    row_weight,
+    more,
+    name,
+    weight,
+    ignore_index,
+    label_smoothing,
+    z_loss,
 ) -> Tensor:
     """K-dimensional weights: one linear layer per position of (d_1, …), all reading the same input (N, D)."""
     classes, *extra, width = linear_weight.shape
@@ -231,7 +282,13 @@ def _many_heads(
     expect(not probable or ignore_index is None, name, "ignore_index", "None with target probabilities", ignore_index)
     if not probable:
         expect(target.shape == (rows, *extra), name, "target", f"shape {(rows, *extra)}", target)
-    expect(row_weight is None or row_weight.shape == (rows, *extra), name, "row_weight", f"shape {(rows, *extra)}", row_weight)
+    expect(
+        row_weight is None or row_weight.shape == (rows, *extra),
+        name,
+        "row_weight",
+        f"shape {(rows, *extra)}",
+        row_weight,
+    )
     expect(weight is None or weight.shape == (classes,), name, "weight", f"({classes},)", weight)
     heads = math.prod(extra)
     ignored = -100 if ignore_index is None else ignore_index

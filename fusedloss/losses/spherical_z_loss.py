@@ -12,9 +12,7 @@ from ..statistics import Moments, Score
 
 
 @row_loss
-def spherical_z_loss(
-    scores, target, *, a: float | Tensor = 1.0, b: float | Tensor = 0.0, eps: float | Tensor = 1e-6
-):
+def spherical_z_loss(scores, target, *, a: float | Tensor = 1.0, b: float | Tensor = 0.0, eps: float | Tensor = 1e-6):
     """Spherical Z-loss: L = (1/a) softplus(a (b − ζ)), ζ = (s_y − μ) / σ, μ and σ the scores' mean and deviation.
 
     Alexandre de Brébisson and Pascal Vincent, "The Z-loss: a shift and scale invariant classification loss belonging to

@@ -1,7 +1,7 @@
 """Modules: every loss once more, its parameters kept by a module.
 
-    loss = fusedloss.nn.FocalLoss(gamma=1.5)
-    loss(fusedloss.linear_scores(x, w), target)
+loss = fusedloss.nn.FocalLoss(gamma=1.5)
+loss(fusedloss.linear_scores(x, w), target)
 """
 
 from ..losses.comp_sum_loss import comp_sum_loss

@@ -6,7 +6,9 @@ from .exponentials import Expectation, LogSumExp
 from .extremes import Extreme, Max, Min, TopK
 from .sums import FUNCTIONS, Mass, Moments, Score, Sum, SumOf, SumOfSquares
 
-KINDS = {kind.__name__: kind for kind in (Score, LogSumExp, Sum, Mass, SumOfSquares, Moments, Expectation, SumOf, Extreme)}
+KINDS = {
+    kind.__name__: kind for kind in (Score, LogSumExp, Sum, Mass, SumOfSquares, Moments, Expectation, SumOf, Extreme)
+}
 
 
 def build(static: tuple, tensors: list) -> Statistic:

@@ -60,7 +60,9 @@ class Extreme(Statistic):
 
     def slope(self, z, first, state, coefficient):
         # The columns were found under `where`; nothing is left to hide.
-        return Score(at=torch.where(self.columns(state) < 0, -1, self.columns(state))).slope(z, first, state, coefficient)
+        return Score(at=torch.where(self.columns(state) < 0, -1, self.columns(state))).slope(
+            z, first, state, coefficient
+        )
 
     def present(self, value, columns):
         return (value[:, 0], columns[:, 0]) if self.squeeze else (value, columns)
