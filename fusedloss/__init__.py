@@ -5,9 +5,10 @@ from ._version import __version__
 from .information import info
 from .losses import class_counts
 from .losses.comp_sum_loss import comp_sum_loss
-from .losses.cross_entropy import cross_entropy, linear_cross_entropy
+from .losses.cross_entropy import cross_entropy
 from .losses.focal_loss import focal_loss
 from .losses.generalized_cross_entropy import generalized_cross_entropy
+from .losses.linear_cross_entropy import linear_cross_entropy
 from .losses.linear_log_probs import LogProbs, linear_log_probs
 from .losses.logit_adjusted_cross_entropy import logit_adjusted_cross_entropy
 from .losses.mean_absolute_error_loss import mean_absolute_error_loss

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..checks import expect
-from ..losses.cross_entropy import linear_cross_entropy
+from ..losses.linear_cross_entropy import linear_cross_entropy
 
 
 class LinearCrossEntropyLoss(torch.nn.Module):
