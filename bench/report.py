@@ -12,6 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "performance.md"
 OURS = "fusedloss"
+QUIET = 0.05  # as harness.QUIET; not imported, so that no torch is needed here
 # What was asked for, × floor: the shapes of the first three GEMM cases in order, see cases.SHAPES.
 SHAPES = ("2048x512x32000", "1024x1024x128256", "4096x256x50257", "8192x64x8000", "16384x512x32000", "4096x1024x128256")
 TARGETS = {"fp32": (1.05, 1.05, 1.10, 1.25, 1.05, 1.05), "bf16": (1.10, 1.10, 1.25, 1.9, 1.10, 1.10)}
@@ -49,13 +50,20 @@ def times(row: dict[str, str] | None) -> str:
     return f"{ratio:.3f}" if ratio < 10 else f"{ratio:.0f}" if ratio < float("inf") else "over the time limit"
 
 
+def noted(row: dict[str, str]) -> str:
+    """The row's note, and whether the machine was busy."""
+    busy = float(row["busy"])
+    return "; ".join(filter(None, [row["note"], f"others took {busy:.0%} of the processor" if busy > QUIET else ""]))
+
+
 def mib(row: dict[str, str] | None, key: str = "peak_mib") -> str:
     return "" if row is None else f"{float(row[key]):.0f}"
 
 
 def grid(head: str, lines: list[str]) -> str:
-    columns = head.count("|") - 1
-    return "\n".join([head, "|---|---|" + "---:|" * (columns - 2), *lines])
+    words = ("N, D, V", "case", "loss", "type", "contender", "fastest of PyTorch", "target", "commit", "note")
+    rule = ["---" if cell.strip() in words else "---:" for cell in head.strip("|").split("|")]
+    return "\n".join([head, f"|{'|'.join(rule)}|", *lines])
 
 
 def linear_table(cases: Cases) -> str:
@@ -75,12 +83,12 @@ def linear_table(cases: Cases) -> str:
                 *(f"**{times(ours)}**", f"{target} {met}"),
                 *(f"{times(rows[fastest])} ({fastest.removeprefix('torch, ')})", times(rows["torch, eager"])),
                 *(times(rows.get("torch, eager, fp32 logits")), times(rows.get("torch.compile of eager")), *others),
-                *(mib(ours), mib(ours, "accumulator_mib"), mib(rows["torch, eager"]), ours["chunks"]),
+                *(mib(ours), mib(ours, "accumulator_mib"), mib(rows["torch, eager"]), ours["chunks"], ours["commit"], noted(ours)),
             ]
             lines.append("| " + " | ".join(cells) + " |")
     head = (
         "| N, D, V | type | floor, ms | fusedloss | target | fastest of PyTorch | eager | eager, fp32 logits |"
-        " compile | chunked, 512 | chunked, default | fusedloss, peak MiB | of it dW in fp32 | eager, peak MiB | chunks |"
+        " compile | chunked, 512 | chunked, default | fusedloss, peak MiB | of it dW in fp32 | eager, peak MiB | chunks | commit | note |"
     )
     return grid(head, lines)
 
@@ -94,9 +102,9 @@ def other_table(cases: Cases) -> str:
         for name, row in rows.items():
             figures = f"{float(row['ms']):.0f} | {times(row)} | {mib(row)}"
             chunks = row["chunks"] if row["chunks"] != "0" else ""
-            note = row["note"] if name == OURS else ""
-            lines.append(f"| {case} | {dtype} | {name} | {figures} | {chunks} | {note} |")
-    return grid("| case | type | contender | ms | ratio | peak MiB | chunks | note |", lines)
+            note = noted(row) if name == OURS else ""
+            lines.append(f"| {case} | {dtype} | {name} | {figures} | {chunks} | {row['commit']} | {note} |")
+    return grid("| case | type | contender | ms | ratio | peak MiB | chunks | commit | note |", lines)
 
 
 def losses_table(cases: Cases) -> str:
