@@ -1,6 +1,6 @@
 """cross_entropy and linear_cross_entropy against torch.nn.functional: same values, gradients and errors.
 
-Chosen deviations are listed in docs/deviations.md; the tests of the last part hold one each.
+Chosen deviations are listed in docs/numerics.md; the tests of the last part hold one each.
 """
 
 import math
@@ -584,7 +584,7 @@ def test_linear_scores_meet_the_tolerance_policy(backend, dtype, regime, schedul
     check_linear_gradients(x.grad, w.grad, dense, x, w, target)
 
 
-# --- chosen deviations from torch, as docs/deviations.md lists them ---------------------------------------------------
+# --- chosen deviations from torch, as docs/numerics.md lists them ---------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
