@@ -78,7 +78,7 @@ int check_tile(const fl_tile* t) {
 
 int check_statistic(int32_t i, const fl_statistic& k, const fl_tile& t, bool differentiated) {
   const bool counted = k.kind == FL_SCORE || k.kind == FL_EXTREME, any_rows = t.rows > 0;
-  if (k.kind < FL_SCORE || k.kind > FL_MASS) return fail("statistic %d: kind %d is unknown", i, k.kind);
+  if (k.kind < FL_SCORE || k.kind > FL_COUNT) return fail("statistic %d: kind %d is unknown", i, k.kind);
   if (k.where != FL_ALL && k.where != FL_REST) return fail("statistic %d: where %d is unknown", i, k.where);
   if (counted ? k.count < 0 : k.count != 1) return fail("statistic %d: count is %d", i, k.count);
   if (k.kind == FL_EXPECTATION && (k.function < FL_V_OPERAND || k.function > FL_V_SQUARE))
@@ -107,7 +107,7 @@ int check_statistic(int32_t i, const fl_statistic& k, const fl_tile& t, bool dif
       return fail("statistic %d: keep_stride %lld is less than the %lld columns", i, (long long)k.keep_stride,
                   (long long)t.columns);
   }
-  if (differentiated && !k.coefficient && any_rows && k.kind != FL_MASS) return fail("statistic %d: coefficient is null", i);
+  if (differentiated && !k.coefficient && any_rows && k.kind != FL_COUNT) return fail("statistic %d: coefficient is null", i);
   return 0;
 }
 
@@ -205,6 +205,11 @@ int split_with_sums(const fl_tile& tile, const fl_sums* sums, const Work& work) 
   return 0;
 }
 
+template <class Bits>
+void take(Bits* row, const int64_t* columns, int64_t count) {
+  for (int64_t j = 0; j < count; ++j) row[j] = row[columns[j]];   // rising: what is read was not yet overwritten
+}
+
 }  // namespace
 
 extern "C" {
@@ -244,13 +249,28 @@ int fl_gradient_of_exponentials(const fl_tile* tile, const fl_statistic* statist
   for (int32_t i = 0; i < count; ++i) {
     const fl_statistic& k = statistics[i];
     kept += k.kind == FL_LOGSUMEXP && k.keep_shift;
-    if (k.kind != FL_LOGSUMEXP && k.kind != FL_SCORE && k.kind != FL_MASS)
+    if (k.kind != FL_LOGSUMEXP && k.kind != FL_SCORE && k.kind != FL_COUNT)
       return fail("statistic %d: kind %d cannot be read off exponentials", i, k.kind);
   }
   if (kept != 1) return fail("expected one FL_LOGSUMEXP with its keep_shift, got %d", kept);
   return split_with_sums(*tile, sums, [&](const RowKernels& kernels, int64_t first, int64_t end, ColumnSums& own) {
     kernels.gradient_of_exponentials(*tile, statistics, count, first, end, own);
   });
+}
+
+int fl_take_columns(void* data, int64_t rows, int64_t stride, int32_t dtype, const int64_t* columns, int64_t count) {
+  if (!is_dtype(dtype)) return fail("dtype %d is unknown", dtype);
+  if (rows <= 0 || count <= 0) return 0;
+  if (!data || !columns) return fail("data or columns is null");
+  fl_tile tile{};
+  tile.rows = rows, tile.columns = count;
+  split(rows, threads_for(tile), [&](int, int64_t first, int64_t end) {
+    for (int64_t row = first; row < end; ++row) {
+      if (dtype == FL_F32) take(static_cast<uint32_t*>(data) + row * stride, columns, count);
+      else take(static_cast<uint16_t*>(data) + row * stride, columns, count);
+    }
+  });
+  return 0;
 }
 
 const char* fl_isa(void) { return kernels_in_use()->name; }

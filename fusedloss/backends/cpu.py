@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import statistics as S
-from .tile import Exponentials, Sums, Tile
+from .tile import Exponentials, Limits, Sums, Tile
 from .torch import gemm as plain_gemm
 
 try:
@@ -33,6 +33,20 @@ def why_not() -> str | None:
 def supports(device: torch.device, dtype: torch.dtype) -> bool:
     """float64 is left to the torch backend: it is for checking, not for speed."""
     return device.type == "cpu" and dtype in _DTYPES
+
+
+def limits(device: torch.device) -> Limits:
+    """Measured; see docs/performance.md. A block stays in the caches between the GEMM and the pass over it."""
+    return Limits(
+        budget=256 << 20,
+        eager_rows=192,
+        most_rows=2048,
+        block_bytes=8 << 20,
+        block_columns=2048,
+        cached_bytes=4 << 20,
+        kept_columns=2048,
+        in_place=False,
+    )
 
 
 # --- GEMM with fp32 sums ---------------------------------------------------------------------------------------------
@@ -114,6 +128,15 @@ def _blas_gemm(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
     )
 
 
+def take_columns(matrix: Tensor, columns: Tensor) -> Tensor:
+    """matrix[:, columns] for rising columns; it may lie in the matrix' own memory, which is then spoilt."""
+    _native.take_columns(
+        *(matrix.data_ptr(), matrix.shape[0], matrix.stride(0), _DTYPES[matrix.dtype]),
+        *(columns.data_ptr(), len(columns)),
+    )
+    return matrix[:, : len(columns)]
+
+
 # --- tile primitives -------------------------------------------------------------------------------------------------
 
 
@@ -155,6 +178,7 @@ class _Arguments:
         if kept is not None and isinstance(statistic, S.LogSumExp):
             data = kept.data
             fields |= {"keep": data.data_ptr(), "keep_stride": data.stride(0), "keep_dtype": _DTYPES[data.dtype]}
+            assert kept.shift.shape[0] == 1
             fields["keep_shift"] = kept.shift.data_ptr()
         if coefficient is not None:
             fields["coefficient"] = self.hold(coefficient, torch.float32)
@@ -217,7 +241,7 @@ _FIELDS = {
     S.Score: _Arguments.score,
     S.LogSumExp: lambda self, s: {"kind": _native.LOGSUMEXP, "factor": s.factor},
     S.Sum: lambda self, s: {"kind": _native.SUM, **self.operand(s.weights)},
-    S.Mass: lambda self, s: {"kind": _native.MASS, **self.operand(s.weights)},
+    S.Count: lambda self, s: {"kind": _native.COUNT, **self.operand(s.weights)},
     S.SumOfSquares: lambda self, s: {"kind": _native.SUM_OF_SQUARES},
     S.Moments: lambda self, s: {"kind": _native.MOMENTS},
     S.Expectation: _Arguments.expectation,
