@@ -24,6 +24,10 @@ from .backends.tile import Exponentials, Limits, Sums, Tile
 from .memory import empty, workspace
 from .statistics import LogSumExp, Count, Score, Statistic
 
+# With fewer numbers to a row of x, the rounding of f · x to half precision does not average out.
+FEW_INPUTS = 32
+
+
 @dataclass(frozen=True)
 class Walk:
     """How a call walks its scores. The result does not depend on it beyond rounding (and the filter's stated bound)."""
@@ -347,7 +351,8 @@ class _Chunk:
         ∂L/∂a_ij = f_i · e_ij wherever no single score is asked for: then G W and Gᵀ X need no G, for the rows of the one
         and of X can be multiplied instead. It takes a shift that all columns share, and numbers that float16 has not.
         """
-        if self.kept[0] is None or self.tile.device.type != "cpu" or self.stream.dtype == torch.float16:
+        narrow = half(self.stream.dtype) and self.x.shape[1] < FEW_INPUTS
+        if self.kept[0] is None or self.tile.device.type != "cpu" or self.stream.dtype == torch.float16 or narrow:
             return None
         shifts = torch.cat([kept.shift for kept in self.kept])
         plain = self.stream.class_scale is None and all(s is None for s in (sums.bias, sums.class_shift, sums.largest))
