@@ -199,14 +199,16 @@ class Gradients:
 def statistics_sweep(stream: Stream, stats: Sequence[Statistic], layout: Plan) -> list[Tensor]:
     """States of all statistics for all kept rows. `stats` carry the kept rows."""
     states = [s.identity(stream.rows, stream.x.device) for s in stats]
-    buffer = None if stream.weight is None else _buffer(stream, layout.chunk_rows, layout.block_columns)
-    for rows in spans(stream.rows, layout.chunk_rows):
-        x = stream.input(rows)
-        mine = [s.taking(rows) for s in stats]
-        for columns in spans(stream.columns, layout.block_columns):
-            out = x[:, columns] if buffer is None else _corner(buffer, rows, columns)
-            tile = stream.tile(out, columns) if buffer is None else stream.compute(out, x, columns)
-            stream.backend.statistics(tile, [s.taking(columns=columns) for s in mine], [s[rows] for s in states])
+    given = stream.weight is None
+    block = (0, 0) if given else (layout.chunk_rows, layout.block_columns)
+    with workspace(stream.x.device, (block, accumulation_dtype(stream.dtype))) as (buffer,):
+        for rows in spans(stream.rows, layout.chunk_rows):
+            x = stream.input(rows)
+            mine = [s.taking(rows) for s in stats]
+            for columns in spans(stream.columns, layout.block_columns):
+                out = x[:, columns] if given else _corner(buffer, rows, columns)
+                tile = stream.tile(out, columns) if given else stream.compute(out, x, columns)
+                stream.backend.statistics(tile, [s.taking(columns=columns) for s in mine], [s[rows] for s in states])
     return states
 
 
@@ -234,31 +236,34 @@ def gradient_sweep(
     if stream.rows == 0:  # the gradients are 0 already; a block of dW without rows would stay unwritten
         return
 
-    buffer = _buffer(stream, layout.chunk_rows, layout.block_columns)
-    dx = into.x
-    if dx is not None and (stream.kept is not None or dx.dtype != wait):
-        dx = empty((stream.rows, stream.x.shape[1]), wait, stream.x.device)
-    whole = into.weight is not None and into.weight.dtype == wait
-    for columns in spans(stream.columns, layout.block_columns):
-        block = None
-        if into.weight is not None:
-            block = into.weight[columns] if whole else torch.empty_like(into.weight[columns], dtype=wait)
-        for rows in spans(stream.rows, layout.chunk_rows):
-            x = stream.input(rows)
-            corner = _corner(buffer, rows, columns)
-            tile = stream.compute(corner, x, columns)
-            out = narrowed(buffer[: corner.shape[0]], slice(0, corner.shape[1]), stream.dtype)
-            mine = [s.taking(rows, columns) for s in stats]
-            cut = [s[rows] for s in states], [c[rows] for c in coefficients]
-            backend.gradient(tile, out, mine, *cut, into.sums.taking(columns))
-            if dx is not None:
-                backend.gemm(dx[rows], out, stream.weight[columns], accumulate=columns.start > 0)
-            if block is not None:
-                backend.gemm(block, out.t(), x, accumulate=rows.start > 0)
-        if block is not None and not whole:
-            into.weight[columns] = block
-    if dx is not into.x:
-        stream.put(into.x, slice(0, stream.rows), dx)
+    dx, dw, width = into.x, into.weight, stream.x.shape[1]
+    apart = dx is not None and (stream.kept is not None or dx.dtype != wait)
+    whole = dw is not None and dw.dtype == wait
+    wanted = [
+        ((layout.chunk_rows, layout.block_columns), wait),
+        ((stream.rows if apart else 0, width), wait),
+        ((0 if dw is None or whole else layout.block_columns, width), wait),
+    ]
+    with workspace(stream.x.device, *wanted) as (buffer, dx_apart, block):
+        dx = dx_apart if apart else dx
+        for columns in spans(stream.columns, layout.block_columns):
+            part = None if dw is None else dw[columns] if whole else block[: columns.stop - columns.start]
+            for rows in spans(stream.rows, layout.chunk_rows):
+                x = stream.input(rows)
+                corner = _corner(buffer, rows, columns)
+                tile = stream.compute(corner, x, columns)
+                out = narrowed(buffer[: corner.shape[0]], slice(0, corner.shape[1]), stream.dtype)
+                mine = [s.taking(rows, columns) for s in stats]
+                cut = [s[rows] for s in states], [c[rows] for c in coefficients]
+                backend.gradient(tile, out, mine, *cut, into.sums.taking(columns))
+                if dx is not None:
+                    backend.gemm(dx[rows], out, stream.weight[columns], accumulate=columns.start > 0)
+                if part is not None:
+                    backend.gemm(part, out.t(), x, accumulate=rows.start > 0)
+            if part is not None and not whole:
+                dw[columns] = part
+        if apart:
+            stream.put(into.x, slice(0, stream.rows), dx)
 
 
 def keeps_exponentials(stream: Stream, stats: Sequence[Statistic], sums: Sums) -> bool:
@@ -284,8 +289,10 @@ def eager_sweep(
         ((layout.chunk_rows, layout.block_columns if exponentials and narrow != wide else 0), wide),
         ((layout.chunk_rows, stream.x.shape[1]), wide),
         (into.weight.shape if into.weight is not None and layout.accumulator_bytes else (0,), wide),
+        ((layout.block_columns, stream.x.shape[1]), wide),
+        ((layout.block_columns if threshold > 0 else 0, stream.x.shape[1]), narrow),
     ]
-    with workspace(device, *wanted) as (buffer, scratch, dx, accumulator):
+    with workspace(device, *wanted) as (buffer, scratch, dx, accumulator, part, picked):
         dw = accumulator if accumulator.numel() else into.weight
         for rows in spans(stream.rows, layout.chunk_rows):
             chunk = _Chunk(stream, stats, layout, rows, buffer, scratch)
@@ -299,11 +306,12 @@ def eager_sweep(
                 live, weight = None, stream.weight[columns]
                 if threshold > 0:
                     live = (chunk.largest >= threshold).nonzero().squeeze(1)
-                    out, weight = stream.backend.take_columns(out, live), weight.index_select(0, live)
+                    out = stream.backend.take_columns(out, live)
+                    weight = torch.index_select(weight, 0, live, out=picked[: len(live)])
                 if here is not None:
                     stream.backend.gemm(here, out, weight, accumulate=columns is not chunk.blocks[-1])
-                if dw is not None:
-                    _add_to_weight(stream, dw[columns], out, x, live, first=rows.start == 0)
+                if dw is not None and dw.numel():
+                    _add_to_weight(stream, dw[columns], out, x, live, part[: out.shape[1]], first=rows.start == 0)
             if here is not None and factor is not None:
                 here.mul_(factor)
             if here is not None and not direct:
@@ -401,25 +409,23 @@ class _Chunk:
             yield columns, out
 
 
-def _add_to_weight(stream: Stream, dw: Tensor, out: Tensor, x: Tensor, live: Tensor | None, first: bool) -> None:
-    """dW block (+)= outᵀ x, or only its `live` classes when the others were filtered out."""
-    wide = accumulation_dtype(stream.dtype)
-    if live is None and dw.dtype == wide:
+def _add_to_weight(
+    stream: Stream, dw: Tensor, out: Tensor, x: Tensor, live: Tensor | None, part: Tensor, first: bool
+) -> None:
+    """dW block (+)= outᵀ x, or only its `live` classes when the others were filtered out; `part` is scratch."""
+    if live is None and dw.dtype == part.dtype:
         stream.backend.gemm(dw, out.t(), x, accumulate=not first)
         return
     if live is not None and first:
         dw.zero_()
     add = live is not None and not first
-    part = dw.index_select(0, live) if add else torch.empty(out.shape[1], dw.shape[1], dtype=wide, device=dw.device)
+    if add:
+        torch.index_select(dw, 0, live, out=part)
     stream.backend.gemm(part, out.t(), x, accumulate=add)
     if live is None:  # the only chunk: rounded once, here
         dw.copy_(part)
     else:
         dw.index_copy_(0, live, part.to(dw.dtype))
-
-
-def _buffer(stream: Stream, rows: int, columns: int) -> Tensor:
-    return empty((rows, columns), accumulation_dtype(stream.dtype), stream.x.device)
 
 
 def _corner(buffer: Tensor, rows: slice, columns: slice) -> Tensor:
