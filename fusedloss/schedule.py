@@ -98,7 +98,7 @@ def plan(
             *("eager", chunk_rows, chunks, block, tile, scratch, accumulator),
             *(exponentials, min(block, limits.kept_columns), limits.in_place),
         )
-    room = min(budget, limits.block_bytes)
+    room = min(budget, limits.recompute_bytes)
     chunk_rows = max(1, min(rows, limits.most_rows, room // (512 * wide)))
     block = _block(columns, room // (chunk_rows * wide), limits)
     chunks = _divided_up(rows, chunk_rows)

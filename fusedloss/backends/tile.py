@@ -89,7 +89,8 @@ class Limits:
     budget: int  # bytes of a tile when the caller names no budget
     eager_rows: int  # fewest rows per chunk at which the eager schedule beats recomputing
     most_rows: int  # most rows per chunk: more make the GEMMs no faster, and the tile larger
-    block_bytes: int  # a block of scores between the GEMM that writes it and the pass that reads it
+    block_bytes: int  # eager: a block of scores between the GEMM that writes it and the pass that reads it
+    recompute_bytes: int  # recompute: the same
     block_columns: int
     cached_bytes: int  # a dW this small is added to for nothing
     kept_columns: int  # columns that share a shift in `Exponentials`

@@ -10,8 +10,9 @@ from torch import Tensor
 from ..checks import check_reduction, expect
 from ..numerics import log_partition, nll
 from ..relation import Rest
-from ..row_loss import checked_target, evaluate, register, row_factors
+from ..row_loss import evaluate, register, row_factors
 from ..scores import Scores, logits_scores
+from ..targets import checked_target
 from ..statistics import LogSumExp, Count, Score, Sum
 
 
@@ -113,16 +114,16 @@ def on_scores(name: str, scores: Scores, target: Tensor, given: Options) -> Tens
         expect(index is None or index < 0, name, "ignore_index", "None with target probabilities", index)
         y = target.reshape(-1, scores.columns)
         y = y if weight is None else y * weight
-        factor = row_factors(scores, None, None, row_weight, reduction)
+        factor = row_factors(scores, None, None, None, row_weight, reduction)
         count = logits_scores(y.detach()).reduce(Count(y.detach())).to(scores.dtype)  # (y != 0).sum(1), nothing N × V
         rows = [y, y.sum(1, dtype=scores.dtype), count]
         return evaluate(probable.key, scores, None, factor, rows, shared, options, reduction)
-    safe, keep = checked_target(name, scores, target, -100 if given.ignore_index is None else given.ignore_index)
+    safe, keep, valid = checked_target(name, scores, target, -100 if given.ignore_index is None else given.ignore_index)
     if reduction != "mean" or weight is None:
-        factor = row_factors(scores, keep, None, row_weight, reduction)
+        factor = row_factors(scores, keep, valid, None, row_weight, reduction)
         return evaluate(indexed.key, scores, keep, factor, [safe], shared, options, reduction)
     # The weighted mean divides by the targets' weights, the z-loss' mean by the row weights alone: fold the quotient in.
-    rows = row_factors(scores, keep, None, row_weight, "sum")
+    rows = row_factors(scores, keep, valid, None, row_weight, "sum")
     divisor = (rows * weight[safe]).sum()
     factor = torch.where(divisor == 0, 0.0, rows / torch.where(divisor == 0, 1.0, divisor))
     wanted, _ = penalised(z_loss), options.pop("z_loss", None)
