@@ -22,18 +22,8 @@ from torch import Tensor
 from . import backends
 from .backends.tile import Sums
 from .memory import empty
-from .schedule import (
-    Gradients,
-    Plan,
-    Stream,
-    Walk,
-    accumulation_dtype,
-    eager_sweep,
-    gradient_sweep,
-    keeps_exponentials,
-    statistics_sweep,
-    waiting_dtype,
-)
+from .plan import Plan, Walk, accumulation_dtype, waiting_dtype
+from .schedule import Gradients, Stream, eager_sweep, gradient_sweep, keeps_exponentials, statistics_sweep
 from .statistics import Statistic, build
 from .trace import PROGRAMS
 

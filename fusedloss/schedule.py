@@ -8,7 +8,7 @@ Two sweeps over two-dimensional blocks, and one walk that fuses them:
 * `eager_sweep`: per chunk of rows all classes at once, the tile kept between the two passes (3 GEMMs in all). It needs
   the loss to separate over row chunks, and in half precision an fp32 accumulator for dW.
 
-`plan` chooses between eager (3 GEMMs, a tile of rows × V) and the two sweeps (4 GEMMs, hardly any memory).
+`plan.py` chooses between eager (3 GEMMs, a tile of rows × V) and the two sweeps (4 GEMMs, hardly any memory).
 """
 
 from __future__ import annotations
@@ -20,105 +20,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .backends.tile import Exponentials, Limits, Sums, Tile
+from .backends.tile import Exponentials, Sums, Tile
 from .memory import empty, workspace
-from .statistics import LogSumExp, Count, Score, Statistic
+from .plan import Plan, Walk, accumulation_dtype, divided_up, half, plan, spans
+from .statistics import Count, LogSumExp, Score, Statistic
 
 # With fewer numbers to a row of x, the rounding of f · x to half precision does not average out.
 FEW_INPUTS = 32
-
-
-@dataclass(frozen=True)
-class Walk:
-    """How a call walks its scores. The result does not depend on it beyond rounding (and the filter's stated bound)."""
-
-    memory_budget: int | None = None  # bytes of score tile; None: the backend's choice
-    schedule: str = "auto"  # "auto", "eager", "recompute"
-    gradient_filter: float = (
-        0.0  # skip classes whose every |∂L/∂s| in a row chunk is below this × the largest row factor
-    )
-    backend: str = "auto"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What `plan` decided, for a reader: chunks of rows and the memory that the walk takes beside inputs and gradients."""
-
-    schedule: str  # "eager", "recompute", or "logits" when they are given
-    chunk_rows: int
-    chunks: int
-    block_columns: int
-    tile_bytes: int  # the tile of a whole chunk, or of one block when it is computed again
-    block_bytes: int  # fp32 scratch for one block
-    accumulator_bytes: int  # dW in fp32, when more than one chunk adds to a half-precision dW
-    exponentials: bool = False  # what the eager schedule keeps of the tile
-    kept_columns: int = 0  # columns that share a shift of the exponentials
-    in_place: bool = False  # exponentials lie in the fp32 tile itself
-
-
-def half(dtype: torch.dtype) -> bool:
-    return dtype in (torch.bfloat16, torch.float16)
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def waiting_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type of a gradient that waits for the upstream factor: float16 would underflow before a loss scale reaches it."""
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
-def plan(
-    rows: int,
-    width: int,
-    columns: int,
-    dtype: torch.dtype,
-    walk: Walk,
-    limits: Limits,
-    exponentials: bool = True,
-    gradient_dtype: torch.dtype | None = None,
-) -> Plan:
-    """Choose schedule and chunk sizes for `rows` × `columns` scores of `width`-dimensional inputs of type `dtype`."""
-    budget = limits.budget if walk.memory_budget is None else walk.memory_budget
-    wide = accumulation_dtype(dtype).itemsize
-    kept = dtype.itemsize if exponentials and not limits.in_place else wide
-    fit = min(limits.most_rows, budget // max(1, columns * kept))
-    if walk.schedule == "eager" or (walk.schedule == "auto" and fit >= min(rows, limits.eager_rows)):
-        if columns * width * wide <= limits.cached_bytes:  # chunks that stay in the caches too
-            fit = min(fit, max(limits.eager_rows, limits.block_bytes // max(1, columns * kept)))
-        chunks = _divided_up(rows, max(1, fit))
-        chunk_rows = _divided_up(rows, max(1, chunks))  # even chunks: a short last one wastes a pass over W
-        block = _block(columns, limits.block_bytes // (max(1, chunk_rows) * wide), limits)
-        scratch = chunk_rows * block * wide if kept != wide else 0
-        rounded = half(waiting_dtype(dtype if gradient_dtype is None else gradient_dtype))
-        accumulator = columns * width * wide if rounded and chunks > 1 else 0
-        tile = chunk_rows * columns * kept
-        return Plan(
-            *("eager", chunk_rows, chunks, block, tile, scratch, accumulator),
-            *(exponentials, min(block, limits.kept_columns), limits.in_place),
-        )
-    room = min(budget, limits.recompute_bytes)
-    chunk_rows = max(1, min(rows, limits.most_rows, room // (512 * wide)))
-    block = _block(columns, room // (chunk_rows * wide), limits)
-    chunks = _divided_up(rows, chunk_rows)
-    return Plan("recompute", chunk_rows, chunks, block, chunk_rows * block * wide, block * width * wide, 0)
-
-
-def _block(columns: int, most: int, limits: Limits) -> int:
-    """Column blocks of even size, at most `most` wide, in whole cache lines."""
-    most = max(64, min(limits.block_columns, most) // 64 * 64)
-    count = _divided_up(max(1, columns), most)
-    return _divided_up(_divided_up(max(1, columns), count), 64) * 64
-
-
-def _divided_up(total: int, part: int) -> int:
-    return -(-total // part)
-
-
-def spans(total: int, step: int) -> Iterator[slice]:
-    for start in range(0, total, max(1, step)):
-        yield slice(start, min(total, start + step))
 
 
 @dataclass(frozen=True, eq=False)
@@ -334,10 +242,10 @@ class _Chunk:
         self.largest: Tensor | None = None
         if layout.exponentials:
             block = layout.kept_columns
-            shape = len(self.blocks), _divided_up(layout.block_columns, block), count
+            shape = len(self.blocks), divided_up(layout.block_columns, block), count
             shifts = torch.empty(shape, dtype=wide, device=stream.x.device)
             self.kept = [
-                Exponentials(self.narrow(columns), shift[: _divided_up(columns.stop - columns.start, block)], block)
+                Exponentials(self.narrow(columns), shift[: divided_up(columns.stop - columns.start, block)], block)
                 for columns, shift in zip(self.blocks, shifts)
             ]
 
@@ -368,7 +276,9 @@ class _Chunk:
             return None
         (lse,) = [n for n, s in enumerate(self.stats) if isinstance(s, LogSumExp)]
         weight = coefficients[lse].double()
-        factor = torch.where(weight == 0, 0.0, weight * torch.exp(shifts[0, :, None] - self.stats[lse].value(states[lse])))
+        factor = torch.where(
+            weight == 0, 0.0, weight * torch.exp(shifts[0, :, None] - self.stats[lse].value(states[lse]))
+        )
         entries = []
         for s, state, coefficient in zip(self.stats, states, coefficients):
             if isinstance(s, Score):
@@ -397,7 +307,9 @@ class _Chunk:
                 continue
             mine = sums.taking(columns)
             if threshold > 0:
-                self.largest = torch.zeros(columns.stop - columns.start, dtype=accumulation_dtype(stream.dtype), device=self.tile.device)
+                self.largest = torch.zeros(
+                    columns.stop - columns.start, dtype=accumulation_dtype(stream.dtype), device=self.tile.device
+                )
                 mine = replace(mine, largest=self.largest)
             tile = stream.tile(self.tile[:, columns], columns)
             if kept is not None:

@@ -11,7 +11,7 @@ from . import autograd
 from .backends import choose
 from .checks import expect, fixed
 from .dense import DenseScores, dense_scores
-from .schedule import Plan, Walk, plan
+from .plan import Plan, Walk, plan
 from .statistics import Statistic
 
 
@@ -206,7 +206,9 @@ def linear_scores(
     check_linear(name, input, weight, bias)
     expect(weight.dim() == 2, name, "weight", "(V, D)", weight)
     expect(schedule in ("auto", "eager", "recompute"), name, "schedule", "auto, eager or recompute", schedule)
-    expect(memory_budget is None or memory_budget > 0, name, "memory_budget", "a positive number of bytes", memory_budget)
+    expect(
+        memory_budget is None or memory_budget > 0, name, "memory_budget", "a positive number of bytes", memory_budget
+    )
     expect(gradient_filter >= 0, name, "gradient_filter", "a number >= 0", gradient_filter)
     softcap, scale = _options(name, softcap, scale, temperature)
     walk = Walk(memory_budget, schedule, gradient_filter, backend)

@@ -10,8 +10,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import fusedloss
 from fusedloss import cross_entropy, linear_cross_entropy, linear_scores, logits_scores
 from fusedloss.losses.squentropy import reference as squentropy_reference
-from fusedloss.targets import checked_target
 from fusedloss.statistics import Expectation, LogSumExp, Max, Score, SumOf
+from fusedloss.targets import checked_target
 
 pytestmark = pytest.mark.unpoisoned
 N, D, V = 12, 8, 37

@@ -211,7 +211,11 @@ CASES = {
         lambda z, c, s: total(double_operand(s) * z, c),
         dict(operand="matrix", operand_dtype=torch.bfloat16),
     ),
-    "count": (_native.COUNT, lambda z, c, s: total((double_operand(s) != 0).double().expand(z.shape), c), dict(operand="vector")),
+    "count": (
+        _native.COUNT,
+        lambda z, c, s: total((double_operand(s) != 0).double().expand(z.shape), c),
+        dict(operand="vector"),
+    ),
     "sum_of_squares": (_native.SUM_OF_SQUARES, lambda z, c, s: total(z**2, c), {}),
     "moments": (_native.MOMENTS, moments, {}),
     "expectation": (
@@ -328,7 +332,9 @@ def run_gradient(tile, statistics, out_dtype=None, sums=None):
 def expected_gradient(tile, statistics):
     leaves = tile.leaves()
     z = tile.scores(leaves)
-    loss = sum((s.coefficient.double() * torch.where(s.expected(z) > -INF, s.expected(z), 0.0)).sum() for s in statistics)
+    loss = sum(
+        (s.coefficient.double() * torch.where(s.expected(z) > -INF, s.expected(z), 0.0)).sum() for s in statistics
+    )
     loss = loss + 0.0 * leaves["stored"].sum()  # a count alone depends on no score
     gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     return {
@@ -374,7 +380,9 @@ def test_a_dropped_column_is_noticed(case):
 def test_sizes(isa, rows, columns):
     """All statistics in one pass, and their gradient, at ragged sizes."""
     tile = Tile(rows, columns)
-    wanted = [make(case, rows, columns, where, seed=i) for i, (case, where) in enumerate(zip(CASES, itertools.cycle((0, 1))))]
+    wanted = [
+        make(case, rows, columns, where, seed=i) for i, (case, where) in enumerate(zip(CASES, itertools.cycle((0, 1))))
+    ]
     _native.statistics(tile.native(), [s.native() for s in wanted])
     z = tile.scores().detach()
     for s in wanted:
@@ -667,7 +675,9 @@ def test_halves_are_rounded_as_torch_rounds(isa, dtype):
 def test_wrong_arguments_are_named(wrong, message):
     data, state, coefficient = torch.zeros(2, 4), torch.zeros(2, 8, dtype=torch.float64), torch.zeros(2, 8)
     tile = dict(data=pointer(data), rows=2, columns=4, stride=4, dtype=_native.F32) | wrong.get("tile", {})
-    statistic = dict(kind=_native.SUM, state=pointer(state), coefficient=pointer(coefficient)) | wrong.get("statistic", {})
+    statistic = dict(kind=_native.SUM, state=pointer(state), coefficient=pointer(coefficient)) | wrong.get(
+        "statistic", {}
+    )
     arguments = dict(out=pointer(data), out_stride=4, out_dtype=_native.F32) | wrong.get("gradient", {})
     with pytest.raises(RuntimeError, match=message):
         _native.gradient(_native.Tile(**tile), statistics=[_native.Statistic(**statistic)], sums=None, **arguments)
@@ -683,6 +693,9 @@ def test_unknown_instruction_set():
 @pytest.mark.parametrize("order", ["import torch, fusedloss._native", "import fusedloss._native, torch"])
 def test_one_openmp_runtime(order):
     """Two OpenMP runtimes in a process would fight for the cores."""
-    code = order + "; print({l.split()[-1] for l in open('/proc/self/maps') if 'gomp' in l or 'libomp' in l or 'iomp5' in l})"
+    code = (
+        order
+        + "; print({l.split()[-1] for l in open('/proc/self/maps') if 'gomp' in l or 'libomp' in l or 'iomp5' in l})"
+    )
     loaded = eval(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     assert len(loaded) == 1, loaded

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from tolerance import check_linear_gradients
 
 from fusedloss import cross_entropy, linear_cross_entropy, linear_scores, squentropy
-from fusedloss.losses.squentropy import reference as squentropy_reference
 from fusedloss.backends import cpu
-from fusedloss.schedule import Walk, plan, spans
+from fusedloss.losses.squentropy import reference as squentropy_reference
+from fusedloss.plan import Walk, plan, spans
 
 N, D, V = 50, 12, 700
 MIB = 1 << 20

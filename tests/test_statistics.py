@@ -14,10 +14,10 @@ from fusedloss.relation import Rest
 from fusedloss.scores import linear_scores, logits_scores
 from fusedloss.statistics import (
     FUNCTIONS,
+    Count,
     Expectation,
     Extreme,
     LogSumExp,
-    Count,
     Max,
     Min,
     Moments,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from torch import device as Device, dtype as DType
+from torch import device as Device
+from torch import dtype as DType
 
 # `torch` below is the backend of that name, not the package.
 from . import cpu, torch

@@ -11,7 +11,8 @@ from torch import Tensor
 from ..checks import check_reduction, expect
 from ..scores import check_linear, linear_scores
 from ..targets import integral
-from .cross_entropy_on_scores import Options, on_scores, penalised, probabilities
+from .cross_entropy_on_scores import Options, on_scores, probabilities
+from .cross_entropy_on_statistics import penalised
 
 
 def linear_cross_entropy(

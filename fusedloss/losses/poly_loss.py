@@ -9,7 +9,7 @@ from ..checks import check_number, expect
 from ..numerics import log_partition, nll
 from ..relation import Rest
 from ..row_loss import row_loss
-from ..statistics import LogSumExp, Count, Score, Sum
+from ..statistics import Count, LogSumExp, Score, Sum
 
 
 @row_loss
