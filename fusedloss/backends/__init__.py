@@ -7,10 +7,10 @@ from types import ModuleType
 from torch import device as Device, dtype as DType
 
 # `torch` below is the backend of that name, not the package.
-from . import cpu, torch
+from . import cpu, cuda, torch
 
 # In order of preference; the last one takes everything.
-BACKENDS: tuple[ModuleType, ...] = (cpu, torch)
+BACKENDS: tuple[ModuleType, ...] = (cpu, cuda, torch)
 
 
 def choose(device: Device, dtype: DType, wanted: str = "auto") -> ModuleType:
