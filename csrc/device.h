@@ -70,7 +70,7 @@ FL_DEVICE uint32_t narrow_half(float x, int32_t dtype) {
 
 // ---- threads -------------------------------------------------------------------------------------------------------
 
-enum class Barrier { none, reduction, identity, list, loaded };
+enum class Barrier { none, reduction, list, loaded };
 
 template <Barrier which>
 FL_DEVICE void barrier() {

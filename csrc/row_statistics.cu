@@ -35,12 +35,13 @@ FL_DEVICE double identity(const fl_statistic& s, int k) {
   return 0;
 }
 
+// No barrier follows: single scores are added by the threads that clear them, and whoever else reads a state has passed
+// the barrier of a reduction.
 FL_DEVICE void clear_partial(const Pass& p, int64_t row, int split) {
   if (!p.partial) return;
   for (int i = 0; i < p.count; ++i)
     for (int k = threadIdx.x; k < p.width[i]; k += blockDim.x)
       state_of(p, i, row, split)[k] = identity(p.statistics[i], k);
-  barrier<Barrier::identity>();
 }
 
 // ---- statistics that pick columns ----------------------------------------------------------------------------------

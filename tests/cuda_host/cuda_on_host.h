@@ -206,6 +206,3 @@ inline uint16_t narrow(float x, bool bf16) {
 }  // namespace host
 
 #define __shfl_xor_sync(mask, x, apart) host::shuffle_xor(mask, x, apart, __LINE__)
-
-// Another order of threads and blocks.
-extern "C" __attribute__((used)) inline void fl_host_seed(uint64_t seed) { host::device.random = seed * 2 + 1; }
