@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(most_threads, 2) statistics_kernel(const __gri
 // has its part of the window in registers before it comes to the barrier in `largest`, and none stores before that
 // barrier. Stores of a window therefore fall on scores of this window and of those to its left only, all of them read.
 template <bool plain>
-__global__ void __launch_bounds__(most_threads, 4) softmax_kernel(const __grid_constant__ Pass p) {
+__global__ void __launch_bounds__(most_threads, 3) softmax_kernel(const __grid_constant__ Pass p) {
   const fl_tile& t = p.tile;
   const fl_statistic& k = p.statistics[p.softmax];
   const int64_t row = blockIdx.x;

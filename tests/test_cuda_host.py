@@ -40,6 +40,15 @@ def libraries(tmp_path_factory):
     return library
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Nothing here is large enough for more, and on a busy machine threads wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(params=WINDOW)
 def kernels(request, libraries, monkeypatch):
     """The kernels in place of the extension's, in test_native too."""
