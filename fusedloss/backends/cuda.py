@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -50,6 +51,18 @@ def limits(device: torch.device) -> Limits:
 # --- GEMM with fp32 sums ---------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def _adds_products(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether this PyTorch adds products of half-precision operands to a float32 matrix. Tried once, on next to nothing:
+    it refuses, if it does, before anything is launched."""
+    a, out = torch.zeros(8, 8, dtype=dtype, device=device), torch.zeros(8, 8, device=device)
+    try:
+        torch.addmm(out, a, a, out_dtype=torch.float32, out=out)
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
 def gemm(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
     """out = a @ b, or out += a @ b, fp32 sums and results whatever the operands' type.
 
@@ -61,10 +74,12 @@ def gemm(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
                 out.addmm_(a, b)
             else:
                 torch.mm(a, b, out=out)
-        elif accumulate:
+        elif not accumulate:
+            torch.mm(a, b, out_dtype=out.dtype, out=out)
+        elif _adds_products(a.dtype, a.device):
             torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
         else:
-            torch.mm(a, b, out_dtype=out.dtype, out=out)
+            out += torch.mm(a, b, out_dtype=out.dtype)
 
 
 def take_columns(matrix: Tensor, columns: Tensor) -> Tensor:
