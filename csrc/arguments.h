@@ -59,7 +59,7 @@ inline int check_keep(int32_t i, const fl_statistic& k, const fl_tile& t, const 
 inline int check_statistic(int32_t i, const fl_statistic& k, const fl_tile& t, bool differentiated,
                            const Abilities& able) {
   const bool counted = k.kind == FL_SCORE || k.kind == FL_EXTREME, any_rows = t.rows > 0;
-  if (k.kind < FL_SCORE || k.kind > FL_MASS) return fail("statistic %d: kind %d is unknown", i, k.kind);
+  if (k.kind < FL_SCORE || k.kind > FL_COUNT) return fail("statistic %d: kind %d is unknown", i, k.kind);
   if (k.where != FL_ALL && k.where != FL_REST) return fail("statistic %d: where %d is unknown", i, k.where);
   if (counted ? k.count < 0 : k.count != 1) return fail("statistic %d: count is %d", i, k.count);
   if (k.kind == FL_EXPECTATION && (k.function < FL_V_OPERAND || k.function > FL_V_SQUARE))
@@ -80,7 +80,7 @@ inline int check_statistic(int32_t i, const fl_statistic& k, const fl_tile& t, b
   if (!k.state && any_rows) return fail("statistic %d: state is null", i);
   if (k.keep && !differentiated)
     if (int status = check_keep(i, k, t, able)) return status;
-  if (differentiated && !k.coefficient && any_rows && k.kind != FL_MASS) return fail("statistic %d: coefficient is null", i);
+  if (differentiated && !k.coefficient && any_rows && k.kind != FL_COUNT) return fail("statistic %d: coefficient is null", i);
   return 0;
 }
 
@@ -118,7 +118,7 @@ inline int check_exponentials(const fl_tile& tile, const fl_statistic* statistic
     kept += k.kind == FL_LOGSUMEXP && k.keep_shift;
     if (k.kind == FL_LOGSUMEXP && k.keep_block < 1)
       return fail("statistic %d: keep_block is %lld, expected 1 or more", i, (long long)k.keep_block);
-    if (k.kind != FL_LOGSUMEXP && k.kind != FL_SCORE && k.kind != FL_MASS)
+    if (k.kind != FL_LOGSUMEXP && k.kind != FL_SCORE && k.kind != FL_COUNT)
       return fail("statistic %d: kind %d cannot be read off exponentials", i, k.kind);
   }
   return kept == 1 ? 0 : fail("expected one FL_LOGSUMEXP with its keep_shift, got %d", kept);

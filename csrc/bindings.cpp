@@ -99,6 +99,15 @@ void gradient_of_exponentials(const fl_tile& tile, const std::vector<fl_statisti
   raise_if(status);
 }
 
+void take_columns(uintptr_t data, int64_t rows, int64_t stride, int32_t dtype, uintptr_t columns, int64_t count) {
+  int status;
+  {
+    py::gil_scoped_release released;
+    status = fl_take_columns(pointer<void>(data), rows, stride, dtype, pointer<const int64_t>(columns), count);
+  }
+  raise_if(status);
+}
+
 // The struct itself, for a library that has the same C surface and is loaded in another way.
 template <class Struct>
 py::bytes bytes_of(const Struct& s) { return py::bytes(reinterpret_cast<const char*>(&s), sizeof s); }
@@ -164,6 +173,8 @@ PYBIND11_MODULE(_native, m) {
         py::arg("statistics"), py::arg("sums") = py::none());
   m.def("gradient_of_exponentials", &gradient_of_exponentials, py::arg("tile"), py::arg("statistics"),
         py::arg("sums") = py::none());
+  m.def("take_columns", &take_columns, py::arg("data"), py::arg("rows"), py::arg("stride"), py::arg("dtype"),
+        py::arg("columns"), py::arg("count"));
   m.def("gemm", &gemm, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("a"), py::arg("a_row"), py::arg("a_column"),
         py::arg("b"), py::arg("b_row"), py::arg("b_column"), py::arg("c"), py::arg("c_row"), py::arg("dtype"),
         py::arg("accumulate"), "Nonzero: no kernel for the dtype on this processor, nothing was written.");
@@ -183,7 +194,7 @@ PYBIND11_MODULE(_native, m) {
 #define FL_CONSTANT(name) m.attr(#name) = (int)FL_##name;
   FL_CONSTANT(F32) FL_CONSTANT(BF16) FL_CONSTANT(F16)
   FL_CONSTANT(SCORE) FL_CONSTANT(LOGSUMEXP) FL_CONSTANT(SUM) FL_CONSTANT(SUM_OF_SQUARES) FL_CONSTANT(MOMENTS)
-  FL_CONSTANT(EXPECTATION) FL_CONSTANT(SUM_OF) FL_CONSTANT(EXTREME) FL_CONSTANT(MASS)
+  FL_CONSTANT(EXPECTATION) FL_CONSTANT(SUM_OF) FL_CONSTANT(EXTREME) FL_CONSTANT(COUNT)
   FL_CONSTANT(ALL) FL_CONSTANT(REST)
   FL_CONSTANT(V_OPERAND) FL_CONSTANT(V_SCORE) FL_CONSTANT(V_ABSOLUTE) FL_CONSTANT(V_SQUARE)
   FL_CONSTANT(F_SOFTPLUS) FL_CONSTANT(F_SIGMOID) FL_CONSTANT(F_HINGE) FL_CONSTANT(F_SQUARED_HINGE) FL_CONSTANT(F_FOCAL)

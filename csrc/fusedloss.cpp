@@ -19,6 +19,7 @@ using fl::ColumnSums;
 using fl::RowKernels;
 using fl::check;
 using fl::fail;
+using fl::is_dtype;
 
 constexpr fl::Abilities able = {fl::most_statistics, FL_KEPT_COLUMNS, 1};
 
@@ -138,6 +139,11 @@ int split_with_sums(const fl_tile& tile, const fl_sums* sums, const Work& work) 
   return 0;
 }
 
+template <class Bits>
+void take(Bits* row, const int64_t* columns, int64_t count) {
+  for (int64_t j = 0; j < count; ++j) row[j] = row[columns[j]];   // rising: what is read was not yet overwritten
+}
+
 }  // namespace
 
 extern "C" {
@@ -173,6 +179,21 @@ int fl_gradient_of_exponentials(const fl_tile* tile, const fl_statistic* statist
   return split_with_sums(*tile, sums, [&](const RowKernels& kernels, int64_t first, int64_t end, ColumnSums& own) {
     kernels.gradient_of_exponentials(*tile, statistics, count, first, end, own);
   });
+}
+
+int fl_take_columns(void* data, int64_t rows, int64_t stride, int32_t dtype, const int64_t* columns, int64_t count) {
+  if (!is_dtype(dtype)) return fail("dtype %d is unknown", dtype);
+  if (rows <= 0 || count <= 0) return 0;
+  if (!data || !columns) return fail("data or columns is null");
+  fl_tile tile{};
+  tile.rows = rows, tile.columns = count;
+  split(rows, threads_for(tile), [&](int, int64_t first, int64_t end) {
+    for (int64_t row = first; row < end; ++row) {
+      if (dtype == FL_F32) take(static_cast<uint32_t*>(data) + row * stride, columns, count);
+      else take(static_cast<uint16_t*>(data) + row * stride, columns, count);
+    }
+  });
+  return 0;
 }
 
 const char* fl_isa(void) { return kernels_in_use()->name; }

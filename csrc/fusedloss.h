@@ -35,7 +35,7 @@ typedef enum {               // state (doubles per row; merged into, so start fr
   FL_EXTREME = 7,            // [2 count] the `count` largest factor*z (factor = +1: max, -1: min), in falling
                              //   order of factor*z, ties to the lowest column: count scores z, then count columns.
                              //   identity: z = -factor*inf, column = -1
-  FL_MASS = 8,               // [1] sum of operand_j over the columns that count, identity 0; no gradient
+  FL_COUNT = 8,              // [1] columns that count and whose operand_j is not 0, identity 0; no gradient
 } fl_kind;
 
 typedef enum { FL_ALL = 0, FL_REST = 1 } fl_where;   // REST: every column but rest_i. Scores of -inf are always skipped.
@@ -96,12 +96,13 @@ int fl_gradient(const fl_tile* tile, void* out, int64_t out_stride, int32_t out_
 
 #define FL_KEPT_COLUMNS 2048        // to a shift, on the host
 #define FL_CUDA_KEPT_COLUMNS 4096   // to a shift, on a device
+#define FL_KEPT_LOGARITHM 16        // exponentials are kept up to e^16; larger ones get a keep_shift of their own
 
 // The same from what FL_LOGSUMEXP kept, in place: tile->data holds e^{z - keep_shift} and becomes dL/da. The statistics
-// are that one, and FL_SCOREs and FL_MASSes; softcap must be 0, class_scale and scale sums are not to be had.
+// are that one, and FL_SCOREs and FL_COUNTs; softcap must be 0, class_scale and scale sums are not to be had.
 int fl_gradient_of_exponentials(const fl_tile* tile, const fl_statistic* statistics, int32_t count, const fl_sums* sums);
 
-// The same three on a CUDA device: all pointers but `tile`, `statistics` and `sums` themselves are the device's, `stream`
+// The three primitives on a CUDA device: all pointers but `tile`, `statistics` and `sums` themselves are the device's, `stream`
 // is a cudaStream_t of the current device. They launch and return: nothing is allocated, nothing waits, a stream in
 // capture records them. A pass takes at most FL_CUDA_STATISTICS statistics. What they need beside their arguments the
 // caller allocates: `workspace`, 16-byte aligned, of at least as many bytes as the function beside each one says, free
@@ -119,6 +120,9 @@ int fl_cuda_gradient(const fl_tile* tile, void* out, int64_t out_stride, int32_t
                      int64_t workspace_bytes, void* stream);
 int fl_cuda_gradient_of_exponentials(const fl_tile* tile, const fl_statistic* statistics, int32_t count,
                                      const fl_sums* sums, void* workspace, int64_t workspace_bytes, void* stream);
+
+// Of every row of a matrix the `count` columns given (rising), moved to the row's start, in place.
+int fl_take_columns(void* data, int64_t rows, int64_t stride, int32_t dtype, const int64_t* columns, int64_t count);
 
 // C (m x n, fp32, columns contiguous) = A B, or C += A B when accumulate != 0. A is m x k, B is k x n, both of `dtype`;
 // of each operand's two strides one must be 1. Products and sums in fp32. Returns nonzero (use another GEMM) where

@@ -37,7 +37,7 @@ struct Pass {
 FL_FUNCTION bool picks(const fl_statistic& k) { return k.kind == FL_SCORE || k.kind == FL_EXTREME; }
 
 FL_DEVICE bool is_active(const fl_statistic& k, int64_t row) {
-  if (k.kind == FL_MASS) return false;
+  if (k.kind == FL_COUNT) return false;
   const int count = picks(k) ? k.count : k.kind == FL_MOMENTS ? Moments<float>::coefficients : 1;
   for (int c = 0; c < count; ++c)
     if (k.coefficient[row * count + c] != 0) return true;

@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(most_threads, 2) statistics_kernel(const __gri
   }
 }
 
-// One log-sum-exp of factor 1, with single scores and masses: all that a softmax loss asks for, and the one case in which
+// One log-sum-exp of factor 1, with single scores and counts: all that a softmax loss asks for, and the one case in which
 // something is kept. Each thread carries a sum of its own along the row, relative to a pivot common to all; only the
 // pivot is joined in every window.
 //
@@ -196,10 +196,10 @@ __global__ void __launch_bounds__(most_threads, 3) softmax_kernel(const __grid_c
       const fl_statistic& other = p.statistics[i];
       double* state = state_of(p, i, row, split);
       if (other.kind == FL_SCORE) push_scores(p, other, data, row, w.origin + w.low, w.origin + w.high, state);
-      if (other.kind == FL_MASS) {
+      if (other.kind == FL_COUNT) {
         float v[Scores::size];
         Scores::load_operand(other, row, w, v);
-        push(Mass<float>(other, 0), 1, z, v, Scores::counting(other, row, t.first_column, w, z), joined, state);
+        push(Count<float>(other, 0), 1, z, v, Scores::counting(other, row, t.first_column, w, z), joined, state);
       }
     }
     const uint32_t counts = Scores::counting(k, row, t.first_column, w, z);
@@ -280,12 +280,12 @@ int prepare(Pass& p, int& threads, Workspace& workspace) {
     p.offset[i] = p.total_width;
     p.total_width += p.width[i] = width_of<float>(k);
     if (k.kind == FL_LOGSUMEXP && k.factor == 1) ++softmaxes, p.softmax = i;
-    else if (k.kind != FL_SCORE && k.kind != FL_MASS) ++others;
+    else if (k.kind != FL_SCORE && k.kind != FL_COUNT) ++others;
     if (k.keep) p.step = k.keep_block, together = keeps_in_tile(t, k);
   }
   if (softmaxes != 1 || others) {
     p.softmax = -1;
-    if (p.step) return fail("exponentials are kept beside FL_SCORE and FL_MASS only");
+    if (p.step) return fail("exponentials are kept beside FL_SCORE and FL_COUNT only");
   }
   threads = threads_for(p.step && p.step < t.columns ? p.step : t.columns, Scores::size);
   const int64_t room = (int64_t)threads * Scores::size;

@@ -27,4 +27,4 @@ from .numerics import nll, softplus
 from .relation import Rest
 from .row_loss import row_loss
 from .scores import Scores, linear_scores, logits_scores
-from .statistics import Expectation, LogSumExp, Mass, Max, Min, Moments, Score, Sum, SumOf, SumOfSquares, TopK
+from .statistics import Expectation, LogSumExp, Count, Max, Min, Moments, Score, Sum, SumOf, SumOfSquares, TopK

@@ -32,7 +32,6 @@ from .schedule import (
     eager_sweep,
     gradient_sweep,
     keeps_exponentials,
-    plan,
     statistics_sweep,
     waiting_dtype,
 )
@@ -150,7 +149,7 @@ def _recompute_layout(stream: Stream, walk: Walk) -> Plan:
     if stream.weight is None:  # logits: a few rows at a time, so that both passes of a row meet it in the caches
         rows = max(1, min(stream.rows, (16 << 20) // max(1, stream.columns * stream.dtype.itemsize)))
         return Plan("logits", rows, -(-stream.rows // rows), max(1, stream.columns), 0, 0, 0)
-    return plan(stream.rows, stream.x.shape[1], stream.columns, stream.dtype, replace(walk, schedule="recompute"))
+    return stream.plan(replace(walk, schedule="recompute"))
 
 
 def _whole(stream: Stream, part: Tensor, rows: int) -> Tensor:
@@ -294,7 +293,7 @@ def _eager_gradient(text, x, weight, bias, class_scale, class_shift, scale, keep
 
     exponentials = keeps_exponentials(stream, stats, into.sums)
     gradient_dtype = None if weight is None else weight.dtype
-    layout = plan(stream.rows, x.shape[1], stream.columns, stream.dtype, spec.walk, exponentials, gradient_dtype)
+    layout = stream.plan(spec.walk, exponentials, gradient_dtype)
     if layout.schedule == "eager":
         largest = lifted.abs().max().item() if stream.rows and spec.walk.gradient_filter else 0.0
         eager_sweep(stream, stats, step, into, layout, spec.walk.gradient_filter * largest)

@@ -197,7 +197,7 @@ def test_kept_exponentials(kernels, apart, way, columns, block, dtype):
     """Exponentials, relative to each block's own maximum, and the gradient that they give."""
     rows = 7
     tile = T.Tile(rows, columns, pad=columns % 3, **T.WAYS[way])
-    wanted = [T.make(case, rows, columns, where) for case, where in [("logsumexp", 1), ("score", 0), ("mass", 1)]]
+    wanted = [T.make(case, rows, columns, where) for case, where in [("logsumexp", 1), ("score", 0), ("count", 1)]]
     z = tile.scores().detach()
     for s in wanted:
         s.coefficient[1] = 0
@@ -261,7 +261,7 @@ def random_statistics(rows, columns):
     target, row = torch.randint(0, columns, (rows,)), torch.randn(rows)
     rest, weights = Rest(target), torch.rand(columns)
     return [
-        [S.LogSumExp(where=rest), S.Score(at=target), S.Mass(where=rest), S.Sum(weights=weights)],
+        [S.LogSumExp(where=rest), S.Score(at=target), S.Count(where=rest), S.Sum(weights=weights)],
         [S.LogSumExp(factor=0.5), S.Moments(), S.SumOfSquares(where=rest), S.Extreme(k=3, where=rest)],
         [S.Expectation(), S.Expectation(values=weights, near=row, power=2), S.Extreme(k=2, factor=-1.0)],
         [S.Score(columns=torch.tensor([0, columns - 1])), *(S.SumOf(f, row=row) for f in ("softplus", "hinge", "sigmoid"))],
@@ -377,6 +377,6 @@ def test_what_the_device_refuses(kernels):
     keep = dict(state=T.pointer(s.state), keep=T.pointer(tile.stored), keep_stride=tile.stride, keep_shift=64)
     with pytest.raises(RuntimeError, match="keep_block is 8192"):
         kernels.statistics(tile.native(), [_native.Statistic(kind=_native.LOGSUMEXP, keep_block=8192, **keep)])
-    with pytest.raises(RuntimeError, match="beside FL_SCORE and FL_MASS only"):
+    with pytest.raises(RuntimeError, match="beside FL_SCORE and FL_COUNT only"):
         kept = _native.Statistic(kind=_native.LOGSUMEXP, keep_block=40, **keep)
         kernels.statistics(tile.native(), [kept, T.make("sum", 3, 40).native()])

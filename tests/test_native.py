@@ -108,8 +108,9 @@ class Statistic:
         if operand is not None:
             shape = (columns,) if operand == "vector" else (rows, columns)
             self.operand = torch.randn(shape, generator=random).to(operand_dtype)
+            self.operand[..., ::3] = 0
         self.width = {
-            _native.SCORE: count, _native.LOGSUMEXP: 2, _native.SUM: 1, _native.SUM_OF_SQUARES: 1, _native.MASS: 1, _native.MOMENTS: 3,
+            _native.SCORE: count, _native.LOGSUMEXP: 2, _native.SUM: 1, _native.SUM_OF_SQUARES: 1, _native.COUNT: 1, _native.MOMENTS: 3,
             _native.EXPECTATION: 3, _native.SUM_OF: 2, _native.EXTREME: 2 * count,
         }[kind]  # fmt: skip
         self.outputs = {_native.SCORE: count, _native.EXTREME: count, _native.MOMENTS: 2}.get(kind, 1)
@@ -160,13 +161,13 @@ class Statistic:
     def magnitude(self, z):
         """What rounding errors of the value are in proportion to."""
         size = torch.where(self.counts(z), z, 0.0).abs()
-        if self.kind == _native.MASS:
+        if self.kind == _native.COUNT:
             size = self.operand.double().abs().expand(z.shape)
         if self.operand is not None and self.kind == _native.SUM:
             size = size * self.operand.double().abs()
         if self.kind == _native.MOMENTS:
             return torch.stack([size.mean(1), (size**2).sum(1)], 1)
-        if self.kind in (_native.SUM, _native.MASS, _native.SUM_OF, _native.SUM_OF_SQUARES):
+        if self.kind in (_native.SUM, _native.COUNT, _native.SUM_OF, _native.SUM_OF_SQUARES):
             return size.sum(1, keepdim=True)
         return size.amax(1, keepdim=True) if z.shape[1] else size.new_ones(z.shape[0], 1)
 
@@ -210,7 +211,7 @@ CASES = {
         lambda z, c, s: total(double_operand(s) * z, c),
         dict(operand="matrix", operand_dtype=torch.bfloat16),
     ),
-    "mass": (_native.MASS, lambda z, c, s: total(double_operand(s).expand(z.shape), c), dict(operand="vector")),
+    "count": (_native.COUNT, lambda z, c, s: total((double_operand(s) != 0).double().expand(z.shape), c), dict(operand="vector")),
     "sum_of_squares": (_native.SUM_OF_SQUARES, lambda z, c, s: total(z**2, c), {}),
     "moments": (_native.MOMENTS, moments, {}),
     "expectation": (
@@ -328,7 +329,7 @@ def expected_gradient(tile, statistics):
     leaves = tile.leaves()
     z = tile.scores(leaves)
     loss = sum((s.coefficient.double() * torch.where(s.expected(z) > -INF, s.expected(z), 0.0)).sum() for s in statistics)
-    loss = loss + 0.0 * leaves["stored"].sum()  # a mass alone depends on no score
+    loss = loss + 0.0 * leaves["stored"].sum()  # a count alone depends on no score
     gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     return {
         name: torch.zeros_like(leaf) if g is None else g
@@ -511,7 +512,7 @@ def test_in_place_and_narrower(isa, dtype):
 def test_gradient_of_kept_exponentials(isa, way, columns, dtype):
     """Exponentials kept in the fp32 tile's own memory, rounded to dtype, give the gradient that the scores give."""
     tile = Tile(7, columns, **WAYS[way])
-    wanted = [make(case, 7, columns, where) for case, where in [("logsumexp", 1), ("score", 0), ("mass", 1)]]
+    wanted = [make(case, 7, columns, where) for case, where in [("logsumexp", 1), ("score", 0), ("count", 1)]]
     missing = tile.scores().detach() == -INF
     for s in wanted:
         s.coefficient[1] = 0

@@ -123,6 +123,15 @@ def _blas_gemm(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
     )
 
 
+def take_columns(matrix: Tensor, columns: Tensor) -> Tensor:
+    """matrix[:, columns] for rising columns; it may lie in the matrix' own memory, which is then spoilt."""
+    _native.take_columns(
+        *(matrix.data_ptr(), matrix.shape[0], matrix.stride(0), DTYPES[matrix.dtype]),
+        *(columns.data_ptr(), len(columns)),
+    )
+    return matrix[:, : len(columns)]
+
+
 # --- tile primitives -------------------------------------------------------------------------------------------------
 
 

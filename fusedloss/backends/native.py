@@ -128,7 +128,7 @@ _FIELDS = {
     S.Score: Arguments.score,
     S.LogSumExp: lambda self, s: {"kind": _native.LOGSUMEXP, "factor": s.factor},
     S.Sum: lambda self, s: {"kind": _native.SUM, **self.operand(s.weights)},
-    S.Mass: lambda self, s: {"kind": _native.MASS, **self.operand(s.weights)},
+    S.Count: lambda self, s: {"kind": _native.COUNT, **self.operand(s.weights)},
     S.SumOfSquares: lambda self, s: {"kind": _native.SUM_OF_SQUARES},
     S.Moments: lambda self, s: {"kind": _native.MOMENTS},
     S.Expectation: Arguments.expectation,

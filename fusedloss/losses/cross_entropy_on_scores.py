@@ -11,8 +11,8 @@ from ..checks import check_reduction, expect
 from ..numerics import log_partition, nll
 from ..relation import Rest
 from ..row_loss import checked_target, evaluate, register, row_factors
-from ..scores import Scores
-from ..statistics import LogSumExp, Mass, Score, Sum
+from ..scores import Scores, logits_scores
+from ..statistics import LogSumExp, Count, Score, Sum
 
 
 @register
@@ -20,7 +20,7 @@ def indexed(scores, target, *, class_weight=None, label_smoothing=0.0, z_loss=0.
     """(1 − ε) w_y (lse − s_y) + (ε / V) Σ_j w_j (lse − s_j) + λ lse²."""
     others = Rest(target)
     if label_smoothing:
-        asked = LogSumExp(where=others), Score(target), Sum(class_weight), Mass(_present(class_weight))
+        asked = LogSumExp(where=others), Score(target), Sum(class_weight), Count(class_weight)
         lse, hit, total, seen = scores.reduce(*asked)
     else:
         lse, hit = scores.reduce(LogSumExp(where=others), Score(target))
@@ -37,14 +37,14 @@ def indexed(scores, target, *, class_weight=None, label_smoothing=0.0, z_loss=0.
 
 
 @register
-def probable(scores, target, present, total, count, *, class_weight=None, label_smoothing=0.0, z_loss=0.0):
+def probable(scores, target, total, count, *, class_weight=None, label_smoothing=0.0, z_loss=0.0):
     """Σ_j w_j y_j (lse − s_j) for target probabilities y, smoothed with ε.
 
-    `target` is w y already, `present` is 1 where that is not 0, and `total` and `count` are the sums of the two.
+    `target` is w y already, `total` its sum and `count` the number of its entries that are not 0.
     """
-    asked = [LogSumExp(), Sum(target), Mass(present)]
+    asked = [LogSumExp(), Sum(target), Count(target)]
     if label_smoothing:
-        asked += [Sum(class_weight), Mass(_present(class_weight))]
+        asked += [Sum(class_weight), Count(class_weight)]
     lse, hit, seen, *smooth = scores.reduce(*asked)
     # Probability on a class of score -inf is an infinite loss; y_j = 0 there is none (torch: 0 · inf = NaN).
     loss = total * lse - hit + _infinite(seen < count)
@@ -59,10 +59,6 @@ def probable(scores, target, present, total, count, *, class_weight=None, label_
 def _infinite(impossible: Tensor) -> Tensor:
     """What a share of the target on a class of score -inf adds; the gradient at the other classes stays."""
     return torch.where(impossible, torch.inf, 0.0)
-
-
-def _present(class_weight: Tensor | None) -> Tensor | None:
-    return None if class_weight is None else (class_weight != 0).to(class_weight.dtype)
 
 
 def _count(class_weight: Tensor | None, columns: int) -> Tensor | int:
@@ -118,8 +114,8 @@ def on_scores(name: str, scores: Scores, target: Tensor, given: Options) -> Tens
         y = target.reshape(-1, scores.columns)
         y = y if weight is None else y * weight
         factor = row_factors(scores, None, None, row_weight, reduction)
-        present = (y != 0).to(torch.bfloat16)  # the smallest type that every backend reads
-        rows = [y, present, y.sum(1, dtype=scores.dtype), present.sum(1, dtype=scores.dtype)]
+        count = logits_scores(y.detach()).reduce(Count(y.detach())).to(scores.dtype)  # (y != 0).sum(1), nothing N × V
+        rows = [y, y.sum(1, dtype=scores.dtype), count]
         return evaluate(probable.key, scores, None, factor, rows, shared, options, reduction)
     safe, keep = checked_target(name, scores, target, -100 if given.ignore_index is None else given.ignore_index)
     if reduction != "mean" or weight is None:
