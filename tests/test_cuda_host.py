@@ -4,6 +4,7 @@ Two builds, of 64 and of 256 threads to a block at most: the same columns are th
 threads or shared by several. More builds leave one barrier out each, and must be caught.
 """
 
+import dataclasses
 import itertools
 import math
 
@@ -12,7 +13,8 @@ import torch
 
 T = pytest.importorskip("test_native", reason="the native extension fusedloss._native is not built")
 import host_cuda  # noqa: E402  (needs the extension too)
-from fusedloss import _native, statistics as S  # noqa: E402
+import fusedloss  # noqa: E402
+from fusedloss import _native, backends, statistics as S  # noqa: E402
 from fusedloss.backends import cuda, torch as meaning  # noqa: E402
 from fusedloss.backends.tile import Exponentials, Sums, Tile  # noqa: E402
 from fusedloss.relation import Rest  # noqa: E402
@@ -380,3 +382,32 @@ def test_what_the_device_refuses(kernels):
     with pytest.raises(RuntimeError, match="beside FL_SCORE and FL_COUNT only"):
         kept = _native.Statistic(kind=_native.LOGSUMEXP, keep_block=40, **keep)
         kernels.statistics(tile.native(), [kept, T.make("sum", 3, 40).native()])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("schedule, smoothing", [("eager", 0.0), ("eager", 0.1), ("recompute", 0.1)])
+def test_a_whole_loss(backend, monkeypatch, schedule, smoothing, dtype):
+    """The engine on top of it all, with a GPU's limits: exponentials kept in the fp32 tile, several shifts to a row."""
+    limits = dataclasses.replace(backend.limits(None), kept_columns=512)
+    for name, value in (
+        ("why_not", lambda: None),
+        ("supports", lambda device, dtype: True),
+        ("gemm", meaning.gemm),
+        ("limits", lambda device: limits),
+    ):
+        monkeypatch.setattr(backend, name, value)
+    monkeypatch.setattr(backends, "BACKENDS", (backend, meaning))
+    x, w, target = torch.randn(40, 16), torch.randn(1500, 16) / 2, torch.randint(0, 1500, (40,))
+    target[3] = -100
+    passes = []
+    for name in ("gradient", "gradient_of_exponentials"):
+        monkeypatch.setattr(backend, name, lambda *a, name=name, run=getattr(backend, name): (passes.append(name), run(*a)))
+    gradients = []
+    for type, how in ((dtype, dict(schedule=schedule, backend="cuda")), (torch.float64, dict(backend="torch"))):
+        leaves = [each.to(dtype).to(type).requires_grad_() for each in (x, w)]
+        loss = fusedloss.cross_entropy(fusedloss.linear_scores(*leaves, **how), target, label_smoothing=smoothing)
+        gradients.append((loss, *torch.autograd.grad(loss, leaves)))
+    assert set(passes) == {"gradient" if smoothing else "gradient_of_exponentials"}
+    tolerance = 3 * T.ROUNDING[dtype] + 1e-5
+    for got, expected in zip(*gradients):
+        assert (got.double() - expected).norm() <= tolerance * expected.norm()
