@@ -192,7 +192,7 @@ def test_halves(kernels, dtype):
 
 
 @pytest.mark.parametrize("dtype", T.DTYPES, ids=str)
-@pytest.mark.parametrize("columns, block", [(1, 4), (33, 33), (1000, 1024), (2048, 1024), (3001, 640), (2500, 37)])
+@pytest.mark.parametrize("columns, block", [(1, 4), (33, 33), (1000, 1024), (2048, 1024), (3001, 640), (2500, 37), (50, 3)])
 @pytest.mark.parametrize("way", ["plain", "bias_and_class_vectors"])
 @pytest.mark.parametrize("apart", [False, True], ids=["in_the_tile", "apart"])
 def test_kept_exponentials(kernels, apart, way, columns, block, dtype):
@@ -241,6 +241,15 @@ def test_kept_exponentials(kernels, apart, way, columns, block, dtype):
     assert (got[1] == 0).all()
     assert ((bias.double() - got.sum(0)).abs() <= rows * bound.amax(0)).all()
     assert ((largest.double() - got.abs().amax(0)).abs() <= bound.amax(0)).all()
+
+
+def test_what_was_left_out_stays_zero_whatever_the_factor(kernels):
+    e, state = torch.ones(1, 20), torch.tensor([[0.0, 20.0]], dtype=torch.float64)
+    e[0, 3], shift, coefficient = 0, torch.zeros(1, 1), torch.tensor([INF])
+    tile = _native.Tile(data=T.pointer(e), rows=1, columns=20, stride=20, dtype=_native.F32)
+    kept = dict(keep_block=20, keep_shift=T.pointer(shift), coefficient=T.pointer(coefficient))
+    kernels.gradient_of_exponentials(tile, [_native.Statistic(kind=_native.LOGSUMEXP, state=T.pointer(state), **kept)])
+    assert e[0, 3] == 0 and (e[0, :3] == INF).all() and (e[0, 4:] == INF).all()
 
 
 # ---- the backend against plain PyTorch -------------------------------------------------------------------------------

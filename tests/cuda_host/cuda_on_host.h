@@ -1,8 +1,8 @@
 // A device for tests: CUDA kernels compiled by the host's compiler, every thread of a block a fiber of its own.
 //
 // Blocks run one after the other. Within one, a fiber runs until it waits: at a barrier for the whole block, in a shuffle
-// for the lanes that the mask names. Which fiber goes next is drawn at random, so what one thread needs of another and
-// no barrier orders is soon missing; shared memory holds NaN until it is written. A barrier that not all threads
+// for the lanes that the mask names. Which goes next is drawn at random, and warps run ahead of one another, so what one
+// thread needs of another and no barrier orders is soon missing or overwritten; shared memory holds NaN until it is written. A barrier that not all threads
 // reach, two barriers that are taken for one, a shuffle of other lanes than its mask says: each is an error with a text.
 #pragma once
 #include <setjmp.h>
@@ -94,63 +94,73 @@ inline void resume(unsigned index) {
   setcontext(&start);
 }
 
-// Lets the warps' shuffles happen whose lanes are all there. Returns whether any did.
-inline bool exchange(unsigned threads) {
+// Lets the shuffles of the warp happen whose lanes are all there. Returns whether any did.
+inline bool exchange(unsigned first, unsigned threads) {
   bool any = false;
-  for (unsigned first = 0; first < threads; first += warp)
-    for (unsigned i = first; i < first + warp && i < threads; ++i) {
-      Fiber& f = device.fibers[i];
-      if (f.state != State::shuffle) continue;
-      bool whole = f.mask >> (i - first) & 1;          // who shuffles names itself
-      for (unsigned lane = 0; lane < warp && whole; ++lane) {
-        if (!(f.mask >> lane & 1)) continue;
-        const Fiber& other = device.fibers[first + lane];
-        whole = first + lane < threads && other.state == State::shuffle && other.place == f.place &&
-                other.mask == f.mask && (f.mask >> (lane ^ f.apart) & 1);
-      }
-      if (!whole) continue;
-      const unsigned mask = f.mask;
-      for (unsigned lane = 0; lane < warp; ++lane)
-        if (mask >> lane & 1) {
-          Fiber& other = device.fibers[first + lane];
-          other.taken = device.fibers[first + (lane ^ other.apart)].given;
-          other.state = State::ready;
-        }
-      any = true;
+  for (unsigned i = first; i < first + warp && i < threads; ++i) {
+    const Fiber& f = device.fibers[i];
+    if (f.state != State::shuffle) continue;
+    bool whole = f.mask >> (i - first) & 1;            // who shuffles names itself
+    for (unsigned lane = 0; lane < warp && whole; ++lane) {
+      if (!(f.mask >> lane & 1)) continue;
+      const Fiber& other = device.fibers[first + lane];
+      whole = first + lane < threads && other.state == State::shuffle && other.place == f.place &&
+              other.mask == f.mask && (f.mask >> (lane ^ f.apart) & 1);
     }
+    if (!whole) continue;
+    const unsigned mask = f.mask;
+    for (unsigned lane = 0; lane < warp; ++lane)
+      if (mask >> lane & 1) {
+        Fiber& other = device.fibers[first + lane];
+        other.taken = device.fibers[first + (lane ^ other.apart)].given;
+        other.state = State::ready;
+      }
+    any = true;
+  }
   return any;
+}
+
+// Runs the threads of a warp that can run, in any order. Returns whether there were any.
+inline bool run_warp(unsigned first, unsigned threads) {
+  unsigned ready[warp], count = 0;
+  for (unsigned i = first; i < first + warp && i < threads; ++i)
+    if (device.fibers[i].state == State::ready) ready[count++] = i;
+  const bool any = count > 0;
+  for (; count > 0; --count) {
+    const unsigned drawn = device.draw(count), index = ready[drawn];
+    ready[drawn] = ready[count - 1];
+    resume(index);
+  }
+  return exchange(first, threads) || any;
 }
 
 inline const char* run_block(unsigned threads) {
   memset(device.shared, 0xff, sizeof device.shared);
   for (unsigned i = 0; i < threads; ++i) device.fibers[i].state = State::ready, device.fibers[i].started = false;
-  unsigned ready[most_fibers];
+  const unsigned warps = (threads + warp - 1) / warp;
   for (;;) {
-    unsigned count = 0;
-    for (unsigned i = 0; i < threads; ++i)
-      if (device.fibers[i].state == State::ready) ready[count++] = i;
-    if (count == 0) {
-      unsigned at[4] = {}, same = 0;
-      for (unsigned i = 0; i < threads; ++i) {
-        ++at[(int)device.fibers[i].state];
-        same += device.fibers[i].place == device.fibers[0].place;
+    // One warp runs ahead as far as it can, mostly: to the next barrier, and past it no sooner than the others are there.
+    bool any = false;
+    for (unsigned left = warps, turn = device.draw(warps); left > 0; --left, ++turn)
+      while (run_warp(turn % warps * warp, threads)) {
+        any = true;
+        if (device.draw(8) == 0) break;
       }
-      if (at[(int)State::done] == threads) return nullptr;
-      if (exchange(threads)) continue;
-      if (at[(int)State::barrier] == threads && same == threads) {
-        for (unsigned i = 0; i < threads; ++i) device.fibers[i].state = State::ready;
-        continue;
-      }
-      snprintf(device.text, sizeof device.text,
-               "block (%u, %u) is stuck: of %u threads %u wait at barriers (%s), %u in shuffles, %u have left", blockIdx.x,
-               blockIdx.y, threads, at[1], same == threads ? "the same" : "different ones", at[2], at[3]);
-      return device.text;
+    if (any) continue;
+    unsigned at[4] = {}, same = 0;
+    for (unsigned i = 0; i < threads; ++i) {
+      ++at[(int)device.fibers[i].state];
+      same += device.fibers[i].place == device.fibers[0].place;
     }
-    for (; count > 0; --count) {
-      const unsigned drawn = device.draw(count), index = ready[drawn];
-      ready[drawn] = ready[count - 1];
-      resume(index);
+    if (at[(int)State::done] == threads) return nullptr;
+    if (at[(int)State::barrier] == threads && same == threads) {
+      for (unsigned i = 0; i < threads; ++i) device.fibers[i].state = State::ready;
+      continue;
     }
+    snprintf(device.text, sizeof device.text,
+             "block (%u, %u) is stuck: of %u threads %u wait at barriers (%s), %u in shuffles, %u have left", blockIdx.x,
+             blockIdx.y, threads, at[1], same == threads ? "the same" : "different ones", at[2], at[3]);
+    return device.text;
   }
 }
 
