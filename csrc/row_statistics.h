@@ -7,8 +7,8 @@
 #pragma once
 #include "fusedloss.h"
 
-#if defined(__CUDACC__)
-#define FL_FUNCTION __host__ __device__ __forceinline__
+#if defined(__CUDACC__) || defined(FL_CUDA_ON_HOST)
+#include "device.h"
 #else
 #include "simd.h"
 #define FL_FUNCTION FL_INLINE

@@ -683,6 +683,19 @@ def test_wrong_arguments_are_named(wrong, message):
         _native.gradient(_native.Tile(**tile), statistics=[_native.Statistic(**statistic)], sums=None, **arguments)
 
 
+def test_one_shift_for_all_kept_columns():
+    data, state, shift = torch.zeros(2, 4), torch.zeros(2, 2, dtype=torch.float64), torch.zeros(2, 2)
+    tile = _native.Tile(data=pointer(data), rows=2, columns=4, stride=4, dtype=_native.F32)
+    kept = _native.Statistic(
+        kind=_native.LOGSUMEXP, state=pointer(state), keep=pointer(data), keep_stride=4, keep_block=2,
+        keep_shift=pointer(shift), coefficient=pointer(shift),
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match="4 columns in blocks of 2 are more than the 1 shifts"):
+        _native.statistics(tile, [kept])
+    with pytest.raises(RuntimeError, match="keep_block is 2, but these kernels know one shift"):
+        _native.gradient_of_exponentials(tile, [kept], None)
+
+
 def test_unknown_instruction_set():
     with pytest.raises(RuntimeError, match="sse9"):
         _native.set_isa("sse9")

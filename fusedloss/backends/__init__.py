@@ -8,10 +8,10 @@ from torch import device as Device
 from torch import dtype as DType
 
 # `torch` below is the backend of that name, not the package.
-from . import cpu, torch
+from . import cpu, cuda, torch
 
 # In order of preference; the last one takes everything.
-BACKENDS: tuple[ModuleType, ...] = (cpu, torch)
+BACKENDS: tuple[ModuleType, ...] = (cpu, cuda, torch)
 
 
 def choose(device: Device, dtype: DType, wanted: str = "auto") -> ModuleType:
