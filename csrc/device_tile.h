@@ -109,6 +109,7 @@ FL_DEVICE void store_vector(char* row, int32_t dtype, int64_t column, int low, i
 
 // The score that the stored value `a` of column j stands for, dz/da, and cap(a + bias) (0 where the score is -inf).
 FL_DEVICE float score_of(const fl_tile& t, int64_t j, float a, float& slope, float& cap) {
+  const bool absent = a == -INFINITY;           // a softcap would make it finite, a scale of 0 NaN
   slope = t.scale;
   if (t.bias) a += t.bias[j];
   if (t.class_scale) slope *= t.class_scale[j];
@@ -120,6 +121,7 @@ FL_DEVICE float score_of(const fl_tile& t, int64_t j, float a, float& slope, flo
   }
   float z = a * scale;
   if (t.class_shift) z += t.class_shift[j];
+  if (absent) z = -INFINITY;
   cap = z == -INFINITY ? 0 : a;
   return z;
 }

@@ -95,7 +95,7 @@ class SumsByThread {
 
   void join() {
     auto plus = [](double a, double b) { return a + b; };
-    auto most = [](double a, double b) { return b <= a ? a : b; };   // so written, NaN passes
+    auto most = [](double a, double b) { return b > a || b != b ? b : a; };   // NaN enters, and stays
     split(columns_, memory_.empty() ? 1 : (int)sums_.size(), [&](int, int64_t first, int64_t end) {
       fold(to_.bias, &ColumnSums::bias, plus, first, end);
       fold(to_.class_shift, &ColumnSums::class_shift, plus, first, end);

@@ -14,7 +14,7 @@ typedef enum { FL_F32 = 0, FL_BF16 = 1, FL_F16 = 2 } fl_dtype;
 
 // Scores as stored (a) and as meant (z):
 //   z_ij = class_scale_j * scale * cap(a_ij + bias_j) + class_shift_j,   cap(t) = softcap * tanh(t / softcap)
-// Null pointers and softcap = 0 leave their step out. `columns` counts this tile's columns; the first of them is
+// and z = -inf where a = -inf. Null pointers and softcap = 0 leave their step out. `columns` counts this tile's columns; the first of them is
 // class `first_column`; the class vectors below start at that class too.
 typedef struct {
   const void* data;          // rows x columns, row stride `stride` elements, columns contiguous

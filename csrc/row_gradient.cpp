@@ -49,7 +49,7 @@ void finish_block(const fl_tile& t, bool plain, int64_t first, int columns, Scra
   if (sums.largest)
     for (int j = 0; j < columns; ++j) {
       double x = __builtin_fabs(g[j]), &most = sums.largest[first + j];
-      most = x <= most ? most : x;                             // so written, NaN passes
+      if (x > most || x != x) most = x;                        // NaN enters, and stays
     }
 }
 

@@ -73,6 +73,7 @@ inline void transform_block(const fl_tile& t, int64_t first, int columns, Scratc
   const float inverse_softcap = 1 / t.softcap;
   each_vector(columns, [&](int j, int n) {
     f32 a = load(s.z + j), slope = splat<f32>(t.scale);
+    const i32 absent = left_out(a);
     if (t.bias) a += load(t.bias + first + j, n);
     if (t.class_scale) slope *= load(t.class_scale + first + j, n);
     f32 z = a, scale = slope;
@@ -84,6 +85,7 @@ inline void transform_block(const fl_tile& t, int64_t first, int columns, Scratc
     f32 cap = z;
     z *= scale;
     if (t.class_shift) z += load(t.class_shift + first + j, n);
+    z = select(absent, -INFINITY, z);           // a softcap would make it finite, a scale of 0 NaN
     store(s.z + j, z);
     if (with_slope) {
       store(s.slope + j, slope);

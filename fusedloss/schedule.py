@@ -213,7 +213,7 @@ def eager_sweep(
             for columns, out in chunk.gradients(states, coefficients, into.sums, threshold, factor):
                 live, weight = None, stream.weight[columns]
                 if threshold > 0:
-                    live = (chunk.largest >= threshold).nonzero().squeeze(1)
+                    live = (~(chunk.largest < threshold)).nonzero().squeeze(1)  # NaN is not filtered out
                     out = stream.backend.take_columns(out, live)
                     weight = torch.index_select(weight, 0, live, out=picked[: len(live)])
                 if here is not None:

@@ -316,7 +316,7 @@ class Tile:
             z = z * leaves["class_scale"]
         if "class_shift" in leaves:
             z = z + leaves["class_shift"]
-        return z if self.softcap else torch.where(self.missing, -INF, z)
+        return torch.where(self.missing, -INF, z)
 
 
 def run_gradient(tile, statistics, out_dtype=None, sums=None):

@@ -41,6 +41,7 @@ def limits(device: torch.device) -> Limits:
         eager_rows=512,
         most_rows=4096,
         block_bytes=1 << 30,
+        recompute_bytes=64 << 20,
         block_columns=1 << 62,
         cached_bytes=0,
         kept_columns=4096,

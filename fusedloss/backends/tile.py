@@ -37,14 +37,17 @@ class Tile:
     def scores(self) -> Tensor:
         """z, in float32 (float64 for float64 tiles). Plain differentiable PyTorch."""
         z = self.capped(self.data.to(self.compute_dtype))
-        if not (isinstance(self.scale, float) and self.scale == 1.0):
+        scaled = not (isinstance(self.scale, float) and self.scale == 1.0)
+        if scaled:
             z = z * self.scale
         if self.class_scale is not None:
             z = z * self.class_scale.to(z.dtype)
         if self.class_shift is not None:
             z = z + self.class_shift.to(z.dtype)
-        # A softcap maps -inf to a finite score; a masked class stays masked.
-        return z.masked_fill(self.data == -torch.inf, -torch.inf) if self.softcap else z
+        if not (self.softcap or scaled or self.class_scale is not None):
+            return z
+        # A softcap would make -inf a finite score, a scale of 0 NaN; a masked class stays masked.
+        return z.masked_fill(self.data == -torch.inf, -torch.inf)
 
 
 @dataclass(frozen=True, eq=False)
