@@ -265,7 +265,7 @@ def _eager_gradient(text, x, weight, bias, class_scale, class_shift, scale, keep
 
     exponentials = keeps_exponentials(stream, stats, into.sums)
     gradient_dtype = None if weight is None else weight.dtype
-    layout = stream.plan(spec.walk, exponentials, gradient_dtype)
+    layout = stream.plan(spec.walk, exponentials, gradient_dtype, stream.fuses(stats))
     if layout.schedule == "eager":
         largest = lifted.abs().max().item() if stream.rows and spec.walk.gradient_filter else 0.0
         eager_sweep(stream, stats, step, into, layout, spec.walk.gradient_filter * largest)

@@ -36,6 +36,7 @@ class Plan:
     exponentials: bool = False  # what the eager schedule keeps of the tile
     kept_columns: int = 0  # columns that share a shift of the exponentials
     in_place: bool = False  # exponentials lie in the fp32 tile itself
+    fused: bool = False  # statistics out of the product itself: scores are never in memory
 
 
 def half(dtype: torch.dtype) -> bool:
@@ -60,11 +61,14 @@ def plan(
     limits: Limits,
     exponentials: bool = True,
     gradient_dtype: torch.dtype | None = None,
+    fused: bool = False,
 ) -> Plan:
     """Choose schedule and chunk sizes for `rows` × `columns` scores of `width`-dimensional inputs of type `dtype`."""
     budget = limits.budget if walk.memory_budget is None else walk.memory_budget
     wide = accumulation_dtype(dtype).itemsize
-    kept = dtype.itemsize if exponentials and not limits.in_place else wide
+    fused = fused and exponentials and limits.fused_columns > 0
+    in_place = limits.in_place and not fused
+    kept = dtype.itemsize if exponentials and not in_place else wide
     fit = min(limits.most_rows, budget // max(1, columns * kept))
     if walk.schedule == "eager" or (walk.schedule == "auto" and fit >= min(rows, limits.eager_rows)):
         if columns * width * wide <= limits.cached_bytes:  # chunks that stay in the caches too
@@ -72,13 +76,14 @@ def plan(
         chunks = divided_up(rows, max(1, fit))
         chunk_rows = divided_up(rows, max(1, chunks))  # even chunks: a short last one wastes a pass over W
         block = _block(columns, limits.block_bytes // (max(1, chunk_rows) * wide), limits)
-        scratch = chunk_rows * block * wide if kept != wide else 0
+        block = columns if fused else block
+        scratch = chunk_rows * block * wide if kept != wide and not fused else 0
         rounded = half(waiting_dtype(dtype if gradient_dtype is None else gradient_dtype))
         accumulator = columns * width * wide if rounded and chunks > 1 else 0
         tile = chunk_rows * columns * kept
         return Plan(
             *("eager", chunk_rows, chunks, block, tile, scratch, accumulator),
-            *(exponentials, min(block, limits.kept_columns), limits.in_place),
+            *(exponentials, limits.fused_columns if fused else min(block, limits.kept_columns), in_place, fused),
         )
     room = min(budget, limits.recompute_bytes)
     chunk_rows = max(1, min(rows, limits.most_rows, room // (512 * wide)))

@@ -27,6 +27,8 @@ from .statistics import Count, LogSumExp, Score, Statistic
 
 # With fewer numbers to a row of x, the rounding of f · x to half precision does not average out.
 FEW_INPUTS = 32
+# Rows of dW in fp32 on their way to half precision.
+PART_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,10 +57,20 @@ class Stream:
     def dtype(self) -> torch.dtype:
         return self.x.dtype if self.weight is None else self.weight.dtype
 
-    def plan(self, walk: Walk, exponentials: bool = True, gradient_dtype: torch.dtype | None = None) -> Plan:
+    def plan(self, walk: Walk, exponentials: bool = True, gradient_dtype=None, fused: bool = False) -> Plan:
         limits = self.backend.limits(self.x.device)
         shape = self.rows, self.x.shape[1], self.columns
-        return plan(*shape, self.dtype, walk, limits, exponentials, gradient_dtype)
+        return plan(*shape, self.dtype, walk, limits, exponentials, gradient_dtype, fused)
+
+    def fuses(self, stats: Sequence[Statistic]) -> bool:
+        """Whether the backend takes these statistics out of the product itself."""
+        fuses = getattr(self.backend, "fuses", None)
+        return fuses is not None and self.weight is not None and fuses(stats, self.tile(None, slice(0, self.columns)))
+
+    def fused_statistics(self, x: Tensor, stats, states, kept: Exponentials | None = None) -> None:
+        """Statistics of whole rows, whose scores are never in memory."""
+        tile = self.tile(None, slice(0, self.columns))
+        self.backend.linear_statistics(x, self.weight, tile, stats, states, kept)
 
     def take(self, tensor: Tensor, rows: slice) -> Tensor:
         return tensor[rows] if self.kept is None else tensor.index_select(0, self.kept[rows])
@@ -108,6 +120,9 @@ def statistics_sweep(stream: Stream, stats: Sequence[Statistic], layout: Plan) -
     """States of all statistics for all kept rows. `stats` carry the kept rows."""
     states = [s.identity(stream.rows, stream.x.device) for s in stats]
     given = stream.weight is None
+    if stream.fuses(stats) and stream.rows:
+        stream.fused_statistics(stream.input(slice(0, stream.rows)), stats, states)
+        return states
     block = (0, 0) if given else (layout.chunk_rows, layout.block_columns)
     with workspace(stream.x.device, (block, accumulation_dtype(stream.dtype))) as (buffer,):
         for rows in spans(stream.rows, layout.chunk_rows):
@@ -191,13 +206,14 @@ def eager_sweep(
 ) -> None:
     """Statistics, loss and gradients chunk by chunk; `step` maps a chunk's states to its coefficients."""
     wide, device, narrow = accumulation_dtype(stream.dtype), stream.x.device, stream.dtype
-    exponentials = layout.exponentials and not layout.in_place  # computed into a scratch block, kept narrow
+    kept = layout.exponentials and not layout.in_place
+    scratch = kept and narrow != wide and not layout.fused  # scores are computed into a block of their own, kept narrow
     wanted = [
-        ((layout.chunk_rows, stream.columns), narrow if exponentials else wide),
-        ((layout.chunk_rows, layout.block_columns if exponentials and narrow != wide else 0), wide),
+        ((layout.chunk_rows, stream.columns), narrow if kept else wide),
+        ((layout.chunk_rows, layout.block_columns if scratch else 0), wide),
         ((layout.chunk_rows, stream.x.shape[1]), wide),
         (into.weight.shape if into.weight is not None and layout.accumulator_bytes else (0,), wide),
-        ((layout.block_columns, stream.x.shape[1]), wide),
+        ((_part_classes(layout, stream.x.shape[1]), stream.x.shape[1]), wide),
         ((layout.block_columns if threshold > 0 else 0, stream.x.shape[1]), narrow),
     ]
     with workspace(device, *wanted) as (buffer, scratch, dx, accumulator, part, picked):
@@ -219,7 +235,7 @@ def eager_sweep(
                 if here is not None:
                     stream.backend.gemm(here, out, weight, accumulate=columns is not chunk.blocks[-1])
                 if dw is not None and dw.numel():
-                    _add_to_weight(stream, dw[columns], out, x, live, part[: out.shape[1]], first=rows.start == 0)
+                    _add_to_weight(stream, dw[columns], out, x, live, part, first=rows.start == 0)
             if here is not None and factor is not None:
                 here.mul_(factor)
             if here is not None and not direct:
@@ -233,7 +249,7 @@ class _Chunk:
 
     def __init__(self, stream: Stream, stats: Sequence[Statistic], layout: Plan, rows: slice, buffer, scratch):
         count, wide = rows.stop - rows.start, accumulation_dtype(stream.dtype)
-        self.stream, self.scratch = stream, scratch if scratch.numel() else None
+        self.stream, self.fused, self.scratch = stream, layout.fused, scratch if scratch.numel() else None
         self.x, self.tile = stream.input(rows), buffer[:count]
         self.stats = [s.taking(rows) for s in stats]
         self.blocks = list(spans(stream.columns, layout.block_columns))
@@ -254,6 +270,9 @@ class _Chunk:
 
     def statistics(self) -> list[Tensor]:
         states = [s.identity(self.tile.shape[0], self.tile.device) for s in self.stats]
+        if self.fused:
+            self.stream.fused_statistics(self.x, self.stats, states, self.kept[0])
+            return states
         for columns, part, kept in zip(self.blocks, self.parts, self.kept):
             raw = self.tile if self.scratch is None else self.scratch[: len(self.tile)]
             raw = raw[:, columns] if self.scratch is None else raw[:, : columns.stop - columns.start]
@@ -321,23 +340,30 @@ class _Chunk:
             yield columns, out
 
 
+def _part_classes(layout: Plan, width: int) -> int:
+    """Classes of dW that are formed at a time before they are rounded."""
+    return max(1, min(layout.block_columns, PART_BYTES // max(1, 4 * width)))
+
+
 def _add_to_weight(
     stream: Stream, dw: Tensor, out: Tensor, x: Tensor, live: Tensor | None, part: Tensor, first: bool
 ) -> None:
-    """dW block (+)= outᵀ x, or only its `live` classes when the others were filtered out; `part` is scratch."""
+    """dW block (+)= outᵀ x, or only its `live` classes when the others were filtered out; `part` is scratch for some."""
     if live is None and dw.dtype == part.dtype:
         stream.backend.gemm(dw, out.t(), x, accumulate=not first)
         return
     if live is not None and first:
         dw.zero_()
     add = live is not None and not first
-    if add:
-        torch.index_select(dw, 0, live, out=part)
-    stream.backend.gemm(part, out.t(), x, accumulate=add)
-    if live is None:  # the only chunk: rounded once, here
-        dw.copy_(part)
-    else:
-        dw.index_copy_(0, live, part.to(dw.dtype))
+    for classes in spans(out.shape[1], part.shape[0]):
+        here, these = part[: classes.stop - classes.start], None if live is None else live[classes]
+        if add:
+            torch.index_select(dw, 0, these, out=here)
+        stream.backend.gemm(here, out[:, classes].t(), x, accumulate=add)
+        if live is None:  # the only chunk: rounded once, here
+            dw[classes] = here
+        else:
+            dw.index_copy_(0, these, here.to(dw.dtype))
 
 
 def _corner(buffer: Tensor, rows: slice, columns: slice) -> Tensor:

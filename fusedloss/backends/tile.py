@@ -98,3 +98,4 @@ class Limits:
     cached_bytes: int  # a dW this small is added to for nothing
     kept_columns: int  # columns that share a shift in `Exponentials`
     in_place: bool  # narrow kept exponentials in the fp32 tile itself, rather than from a scratch block
+    fused_columns: int = 0  # columns that share a shift where the product itself leaves exponentials; 0: it does not

@@ -1,0 +1,346 @@
+"""The benchmark of `make gpu`: linear_cross_entropy and cross_entropy on a GPU, beside the bare GEMMs and the peers.
+
+    python bench/gpu.py --rows bench/results/h200.csv          # on a CUDA device
+    python bench/gpu.py --device cpu --quick                   # a dry run of the same code, tiny, without a GPU
+
+Every contender of a case passes the correctness gate or says why it does not; then all take turns, and a figure is the
+median. Peak memory is the most that PyTorch's allocator held during one call, less what was there before and what the
+call returns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import statistics
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+
+import torch
+import torch.nn.functional as F
+from cases import chunked, compiled, eager, eager_fp32, ours, shape_name, step
+from harness import MIB, OURS, Call, Row, append, check_linear, commit, table
+from torch import Tensor
+
+import fusedloss as fl
+from fusedloss import backends
+
+SHAPES = (
+    (4096, 4096, 128256),
+    (8192, 4096, 128256),
+    (8192, 2304, 256000),
+    (16384, 2048, 248320),
+    (32768, 4096, 32000),
+)
+QUICK = ((64, 32, 300),)
+LOGITS = ((8192, 128256), (32768, 32000))
+CONFIDENT = 0.005  # nats, mean loss of the trained-like scores
+ROUNDS = 3, 12
+SECONDS = 8.0  # of turns per case
+
+
+# --- operands --------------------------------------------------------------------------------------------------------
+
+
+def operands(shape, device, confident: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """bf16 x, W and targets; random scores of variance 1, or rows that are nearly sure of their targets."""
+    rows, width, columns = shape
+    random = torch.Generator(device).manual_seed(0)
+    x = torch.randn(rows, width, generator=random, device=device)
+    w = torch.randn(columns, width, generator=random, device=device) * width**-0.5
+    target = torch.randint(0, columns, (rows,), generator=random, device=device)
+    if confident:  # s_target = a, the others are N(0, 1): mean loss about V e^{0.5 - a}
+        a = torch.tensor(columns / CONFIDENT).log() + 0.5
+        x += a * w[target] / w[target].square().sum(1, keepdim=True)
+    return x.bfloat16().requires_grad_(), w.bfloat16().requires_grad_(), target
+
+
+# --- contenders ------------------------------------------------------------------------------------------------------
+
+
+def gemms(x: Tensor, w: Tensor, rows: int) -> Call:
+    """Scores, dX and dW as bare products in the operands' type over chunks of `rows`, into reused buffers."""
+    x, w = x.detach(), w.detach()
+    scores = x.new_empty(min(rows, x.shape[0]), w.shape[0])
+    dx, dw = torch.empty_like(x), torch.empty_like(w)
+
+    def call():
+        for start in range(0, x.shape[0], rows):
+            part = x[start : start + rows]
+            tile = scores[: part.shape[0]]
+            torch.mm(part, w.t(), out=tile)
+            torch.mm(tile, w, out=dx[start : start + rows])
+            torch.mm(tile.t(), part, out=dw)
+        return ()
+
+    return call
+
+
+def liger(x: Tensor, w: Tensor, target: Tensor) -> Tensor:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return liger_fused_linear_cross_entropy(x, w, target)
+
+
+def cut(x: Tensor, w: Tensor, target: Tensor, impl: str = "cce") -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy(x, w, target, impl=impl)
+
+
+def quack(x: Tensor, w: Tensor, target: Tensor) -> Tensor:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return chunked_linear_cross_entropy(x, w, target)
+
+
+PEERS = {
+    "liger-kernel": ("liger_kernel", liger),
+    "cut-cross-entropy": ("cut_cross_entropy", cut),
+    "cut-cross-entropy, exact": ("cut_cross_entropy", partial(cut, impl="cce_exact")),
+    "quack": ("quack", quack),
+}
+
+
+def importable(name: str) -> bool:
+    try:
+        importlib.import_module(name)
+    except Exception as error:  # a peer that does not import is told, never a reason to stop
+        print(f"  {name} is left out: {type(error).__name__}: {error}".splitlines()[0], flush=True)
+        return False
+    return True
+
+
+@contextmanager
+def product(backend, fused: bool):
+    """Force a way of a backend's eager schedule: GEMM, then a pass; or statistics out of the product itself."""
+    plain = backend.limits
+    backend.limits = lambda device: replace(plain(device), fused_columns=plain(device).fused_columns if fused else 0)
+    try:
+        yield
+    finally:
+        backend.limits = plain
+
+
+def our_ways(device: torch.device) -> dict[str, Callable[..., Tensor]]:
+    """Ours by default, and every backend and walk by name."""
+    ways = {OURS: ours}
+    for backend in backends.BACKENDS:
+        if backend.why_not() is not None or not backend.supports(device, torch.bfloat16):
+            continue
+        if device.type != "cpu" and backend.name == "torch":
+            continue
+
+        def way(x, w, target, backend=backend, fused=False, **walk):
+            with product(backend, fused):
+                return ours(x, w, target, backend=backend.name, **walk)
+
+        ways[f"{OURS}, {backend.name}, chunked"] = partial(way, schedule="eager")
+        if backend.limits(device).fused_columns:
+            ways[f"{OURS}, {backend.name}, chunked, one kernel"] = partial(way, schedule="eager", fused=True)
+        ways[f"{OURS}, {backend.name}, streamed"] = partial(way, schedule="recompute")
+    return ways
+
+
+def linear_contenders(x, w, target, quick: bool) -> dict[str, Call]:
+    calls = {"floor: GEMMs, 4096 rows": gemms(x, w, 4096), "floor: GEMMs, unchunked": gemms(x, w, x.shape[0])}
+    ways = our_ways(x.device) | {"torch, eager": eager, "torch, eager, fp32 logits": eager_fp32}
+    if not quick:
+        ways["torch.compile of eager"] = compiled(eager)
+    ways["torch, chunked"] = chunked
+    ways |= {name: way for name, (module, way) in PEERS.items() if x.device.type == "cuda" and importable(module)}
+    return calls | {name: step(way, x, w, target) for name, way in ways.items()}
+
+
+def logits_contenders(logits: Tensor, target: Tensor, quick: bool) -> dict[str, Call]:
+    """The device's copy bandwidth is the floor: one read and one write of the logits."""
+    other = torch.empty_like(logits)
+
+    def copy():
+        other.copy_(logits.detach())
+        return ()
+
+    def call(loss):
+        def run():
+            value = loss(logits, target)
+            return value.detach(), *torch.autograd.grad(value, logits)
+
+        return run
+
+    ways = {OURS: fl.cross_entropy, "torch, eager": F.cross_entropy}
+    if not quick:
+        ways["torch.compile of eager"] = torch.compile(F.cross_entropy, dynamic=False)
+    return {"floor: copy": copy} | {name: call(way) for name, way in ways.items()}
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Seconds of a call on the device, and its peak memory."""
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+        self.device = device
+
+    def seconds(self, call: Call) -> float:
+        if not self.cuda:
+            start = perf_counter()
+            call()
+            return perf_counter() - start
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        result = call()
+        end.record()
+        torch.cuda.synchronize(self.device)
+        del result
+        return start.elapsed_time(end) / 1e3
+
+    def peak(self, call: Call) -> float:
+        if not self.cuda:
+            call()
+            return float("nan")
+        torch.cuda.synchronize(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        result = call()
+        torch.cuda.synchronize(self.device)
+        return torch.cuda.max_memory_allocated(self.device) - before - sum(t.nbytes for t in result)
+
+
+def measure(case: str, calls: dict[str, Call], check: Callable[[Call], None], clock: Clock, about, quick: bool):
+    """Rows of one case. A contender that fails (out of memory, wrong answer) is told and left out."""
+    peaks, notes = {}, {}
+    for name, call in list(calls.items()):
+        try:
+            peaks[name] = clock.peak(call)
+            if not name.startswith("floor"):
+                check(call)
+        except AssertionError as wrong:
+            notes[name] = f"wrong: {str(wrong).splitlines()[0]}"
+            if name.startswith(OURS):
+                raise
+        except Exception as error:
+            notes[name] = f"failed: {type(error).__name__}: {error}".splitlines()[0][:160]
+            print(f"  {case}: {name} {notes[name]}", flush=True)
+            if name.startswith(OURS):
+                raise
+            del calls[name]
+            if clock.cuda:
+                torch.cuda.empty_cache()
+    spent = sum(clock.seconds(call) for call in calls.values())
+    rounds = 2 if quick else max(ROUNDS[0], min(ROUNDS[1], int(SECONDS / max(spent, 1e-9))))
+    times = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            times[name].append(clock.seconds(call))
+    median = {name: statistics.median(values) for name, values in times.items()}
+    floor = min(seconds for name, seconds in median.items() if name.startswith("floor"))
+    fields = lambda name: (1e3 * median[name], median[name] / floor, peaks[name] / MIB, 0.0, 0, rounds, 0.0)  # noqa: E731
+    return [Row(*about, case, "bf16", name, *fields(name), notes.get(name, "")) for name in calls]
+
+
+def check_logits(logits: Tensor, target: Tensor, call: Call) -> None:
+    value, gradient = call()
+    picked = torch.arange(0, len(target), max(1, len(target) // 64), device=logits.device)
+    z = logits.detach()[picked].double()
+    p = torch.softmax(z, 1)
+    p[torch.arange(len(picked), device=p.device), target[picked]] -= 1
+    error = (gradient[picked].double() * len(target) - p).norm() / p.norm()
+    assert error <= 2**-7, f"gradient of the logits: relative error {error:.3g}"
+    assert value.isfinite(), "the loss is not finite"
+
+
+def versions() -> str:
+    found = [f"torch {torch.__version__}"]
+    for name in ("triton", "liger_kernel", "cut_cross_entropy", "quack"):
+        module = sys.modules.get(name)
+        if module is not None:
+            found.append(f"{name} {getattr(module, '__version__', '?')}")
+    return ", ".join(found)
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Bars of the times as multiples of the floor, a panel per case."""
+    try:
+        import matplotlib
+    except ImportError:
+        print(f"no {path.name}: matplotlib is not installed", flush=True)
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    cases = list(dict.fromkeys(row.case for row in rows))
+    figure, axes = plt.subplots(len(cases), 1, figsize=(9, 2.6 * len(cases)), squeeze=False)
+    for case, axis in zip(cases, axes[:, 0]):
+        mine = [row for row in rows if row.case == case]
+        colours = ["tab:gray" if r.contender.startswith("floor") else "tab:blue" if r.contender.startswith(OURS) else "tab:orange" for r in mine]  # fmt: skip
+        axis.barh([r.contender for r in mine], [r.ratio for r in mine], color=colours)
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.set_title(case, fontsize=9)
+        axis.tick_params(labelsize=7)
+        axis.invert_yaxis()
+    axes[-1, 0].set_xlabel("time, × floor")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, two rounds, no torch.compile")
+    parser.add_argument("--rows", type=Path, help="append the rows to this CSV file; a PNG of the same name beside it")
+    parser.add_argument("--shapes", type=int, nargs="*", help="only these of the linear shapes, by number")
+    given = parser.parse_args()
+    device = torch.device(given.device)
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"dry run on {device}"
+    clock, rows = Clock(device), []
+    shapes = QUICK if given.quick else SHAPES if given.shapes is None else [SHAPES[n] for n in given.shapes]
+    for shape in shapes:
+        for confident in (False, True):
+            x, w, target = operands(shape, device, confident)
+            calls = linear_contenders(x, w, target, given.quick)
+            case = f"linear {shape_name(shape)}{', confident' if confident else ''}"
+            about = machine, commit(), versions()
+            rows += measure(case, calls, lambda call: check_linear(call, x, w, target), clock, about, given.quick)  # noqa: B023
+            report(rows, given.rows)
+            del x, w, target, calls
+            if clock.cuda:
+                torch.cuda.empty_cache()
+    for shape in ((64, 300),) if given.quick else LOGITS:
+        logits = torch.randn(*shape, device=device).bfloat16().requires_grad_()
+        target = torch.randint(0, shape[1], shape[:1], device=device)
+        calls = logits_contenders(logits, target, given.quick)
+        about = machine, commit(), versions()
+        rows += measure(
+            f"logits {shape_name(shape)}", calls, partial(check_logits, logits, target), clock, about, given.quick
+        )
+        report(rows, given.rows)
+    print(f"\n{machine}\n{versions()}\n\n{table(rows)}")
+    if given.rows:
+        plot(rows, given.rows.with_suffix(".png"))
+
+
+_written = 0
+
+
+def report(rows: list[Row], path: Path | None) -> None:
+    """Write what is new at once: a run that is cut short has told what it saw."""
+    global _written
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        append(path, rows[_written:])
+    for row in rows[_written:]:
+        print(f"  {row.case:34} {row.contender:38} {row.ms:9.2f} ms {row.ratio:7.3f} {row.peak_mib:8.0f} MiB {row.note}", flush=True)  # fmt: skip
+    _written = len(rows)
+
+
+if __name__ == "__main__":
+    main()
