@@ -31,7 +31,8 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
 
 
 _ALIGNMENT = 4096
-_limit = 320 << 20  # a tile of the default budget and what goes with it
+WORKSPACE_LIMIT = 320 << 20  # by default: a tile of the default budget and what goes with it
+_limit = WORKSPACE_LIMIT
 _idle: list[Tensor] = []  # at most one buffer; list.pop and append are atomic
 
 
