@@ -6,16 +6,22 @@ RUN    := $(VENV)/bin/python
 PIP    := $(RUN) -m pip -qq --disable-pip-version-check install
 TORCH  := $(shell grep '^torch==' requirements-dev.txt)
 ARGS   ?=
+# `make gpu` takes an environment that is there: torch and triton for the device, nvcc, cmake, ninja, pybind11, pytest and
+# hypothesis; of the peers (liger-kernel, cut-cross-entropy, quack-kernels) those that it can import.
+GPU_PYTHON ?= python3
+GPU_DEVICE ?= cuda
+GPU_ROWS   ?= bench/results/gpu.csv
 
 # The build finds the environment's own cmake and ninja.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help demo test bench setup clean distclean
+.PHONY: help demo test bench gpu setup clean distclean
 
 help:
 	@echo "make demo       train a small language model with the ordinary loss and with fusedloss, and compare"
 	@echo "make test       run the whole test suite"
 	@echo "make bench      run the benchmarks"
+	@echo "make gpu        on a machine with a GPU: build for it, run the tests on it, benchmark against the peers"
 	@echo "make setup      only the set-up: environment, pinned requirements, compiled extension"
 	@echo "make clean      remove what was built"
 	@echo "make distclean  remove the environment too"
@@ -31,6 +37,15 @@ test: setup
 
 bench: setup
 	@$(RUN) -m pytest bench $(ARGS)
+
+# The benchmark runs whatever the tests say; what either said is told at the end.
+gpu:
+	CMAKE_ARGS="$(CMAKE_ARGS) -DCMAKE_CUDA_ARCHITECTURES=native" $(GPU_PYTHON) setup.py -q build_ext --inplace
+	PYTHONPATH=. $(GPU_PYTHON) -m fusedloss info
+	@tests=passed; bench=done; \
+	PYTHONPATH=. $(GPU_PYTHON) -m pytest -q --device $(GPU_DEVICE) --maxfail=50 $(ARGS) || tests=FAILED; \
+	PYTHONPATH=. $(GPU_PYTHON) bench/gpu.py --device $(GPU_DEVICE) --rows $(GPU_ROWS) $(BENCH_ARGS) || bench=FAILED; \
+	echo "make gpu: tests $$tests, benchmark $$bench"; test "$$tests $$bench" = "passed done"
 
 # --- set-up: a stamp in the environment for each step that is done ---
 

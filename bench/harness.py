@@ -190,20 +190,20 @@ def check_linear(call: Call, x: Tensor, w: Tensor, target: Tensor) -> None:
     truth = (lse - (x.double() * w[target].double()).sum(1)).mean()
     assert tolerance.error(loss, truth) <= LOSS_ERROR, f"loss {loss.item()}, expected {truth.item()}"
 
-    picked = torch.randperm(count)[:GATE]
+    picked = torch.randperm(count, device=x.device)[:GATE]
     gradients = []
     for dtype in (torch.float64, torch.float32):
         p = torch.softmax(x[picked].to(dtype) @ w.to(dtype).t(), 1)
-        p[torch.arange(len(picked)), target[picked]] -= 1
+        p[torch.arange(len(picked), device=x.device), target[picked]] -= 1
         gradients.append(p / count)
     exact, honest = gradients[0], gradients[1].to(w.dtype).double()
     tolerance.check(dx[picked], exact @ w.double(), (honest @ w.double()).to(x.dtype), "dX")
     if not dw:
         return
-    hit = torch.zeros(w.shape[0], dtype=torch.bool).index_fill_(0, target, True)
+    hit = torch.zeros(w.shape[0], dtype=torch.bool, device=w.device).index_fill_(0, target, True)
     for what, classes in (("dW of hit classes", hit), ("dW of the other classes", ~hit)):
         classes = classes.nonzero().squeeze(1)
-        classes = classes[torch.randperm(len(classes))[:GATE]]
+        classes = classes[torch.randperm(len(classes), device=w.device)[:GATE]]
         gradients = []
         for dtype in (torch.float64, torch.float32):
             p = torch.exp(x.to(dtype) @ w[classes].to(dtype).t() - lse.to(dtype)[:, None])

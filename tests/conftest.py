@@ -1,4 +1,4 @@
-"""What every test gets: two threads, fixed seeds, NaN in memory that nobody filled, and each live backend in turn."""
+"""What every test gets: two threads, a device, fixed seeds, NaN in memory that nobody filled, and each live backend in turn."""
 
 import os
 
@@ -24,14 +24,23 @@ settings.register_profile(
 settings.load_profile("fusedloss")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="where the tests make their tensors; those marked host stay on the CPU")
+
+
 def pytest_configure(config):
+    config.addinivalue_line("markers", "host: hands pointers to host code, or spawns processes: CPU tensors always")
     config.addinivalue_line("markers", "unpoisoned: leave torch.empty alone (torch.compile traces through it)")
     torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
+def device(request):
+    """The device under test, and the default of everything that a test makes."""
+    where = torch.device("cpu" if request.node.get_closest_marker("host") else request.config.getoption("--device"))
+    with where:
+        torch.manual_seed(0)
+        yield where
 
 
 def _poisoned(allocate):

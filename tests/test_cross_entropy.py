@@ -36,7 +36,7 @@ def arguments(draw, half=True):
     rows = 1 if layout == "1d" else draw(st.integers(0, 6))
     extra = tuple(draw(st.lists(st.integers(1, 3), min_size=1, max_size=2))) if layout == "kd" else ()
     classes = draw(st.integers(1, 9))
-    g = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    g = torch.Generator(torch.get_default_device()).manual_seed(draw(st.integers(0, 10**6)))
     leading = () if layout == "1d" else (rows, *extra)
     probable = draw(st.booleans()) and draw(st.booleans())
     options = {

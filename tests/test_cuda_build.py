@@ -18,7 +18,7 @@ BUDGET = {
     "row_gradient": {"gradient_kernel": 128, "derivative_kernel": 64, "join_kernel": 64},
 }
 
-pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc on the PATH: the CUDA kernels were not compiled")
+pytestmark = [pytest.mark.host, pytest.mark.skipif(NVCC is None, reason="no nvcc on the PATH: the CUDA kernels were not compiled")]
 
 
 @pytest.fixture(scope="module")

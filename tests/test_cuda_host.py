@@ -19,7 +19,7 @@ from fusedloss.backends import cuda, torch as meaning  # noqa: E402
 from fusedloss.backends.tile import Exponentials, Sums, Tile  # noqa: E402
 from fusedloss.relation import Rest  # noqa: E402
 
-pytestmark = pytest.mark.skipif(host_cuda.missing() is not None, reason=str(host_cuda.missing()))
+pytestmark = [pytest.mark.host, pytest.mark.skipif(host_cuda.missing() is not None, reason=str(host_cuda.missing()))]
 
 INF = math.inf
 WINDOW = {64: 1024, 256: 4096}  # columns that a block of threads holds at once

@@ -5,6 +5,8 @@ import torch
 
 from fusedloss.backends import cpu
 
+pytestmark = pytest.mark.host
+
 KINDS = {
     "native": lambda dtype: cpu._native is not None and cpu._native.gemm_available(cpu.DTYPES[dtype]),
     "blas": lambda dtype: dtype == torch.bfloat16 and cpu._blas("cblas_gemm_bf16bf16f32") is not None,

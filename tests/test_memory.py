@@ -7,6 +7,8 @@ import torch
 
 from fusedloss import linear_cross_entropy, memory, set_workspace_limit
 
+pytestmark = pytest.mark.host
+
 CPU = torch.device("cpu")
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.host
+
 _native = pytest.importorskip("fusedloss._native", reason="the native extension fusedloss._native is not built")
 
 # The whole tolerance policy of this file. A value may err by VALUE times the sum of its terms' magnitudes (for a

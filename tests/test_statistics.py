@@ -34,7 +34,7 @@ ROWS, CLASSES = 6, 23
 
 def context(rows=ROWS, classes=CLASSES, seed=0):
     """What the statistics of the table below carry."""
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator(torch.get_default_device()).manual_seed(seed)
     return SimpleNamespace(
         target=torch.randint(0, classes, (rows,), generator=g),
         two=torch.rand(rows, classes, generator=g).argsort(1)[:, :2],
@@ -157,7 +157,7 @@ every_case = pytest.mark.parametrize(
 
 
 def some_scores(masked, rows=ROWS, classes=CLASSES, seed=0):
-    z = 2 * torch.randn(rows, classes, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    z = 2 * torch.randn(rows, classes, dtype=torch.float64, generator=torch.Generator(torch.get_default_device()).manual_seed(seed))
     if masked:
         z[torch.rand(rows, classes) < 0.3] = -INF
         z[1] = -INF

@@ -6,6 +6,8 @@ import torch
 import fusedloss as fl
 from fusedloss import targets
 
+pytestmark = pytest.mark.host
+
 
 @pytest.fixture
 def as_on_a_device(monkeypatch):

@@ -1,0 +1,135 @@
+"""The whole way on the device under test (`pytest --device cuda`), for every live backend; on a CPU otherwise."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerance import check_linear_gradients, check_loss, check_score_gradient, error
+
+import fusedloss as fl
+from fusedloss.losses import LOSSES, function_of, hyperparameters, name_of
+
+N, D, V = 37, 64, 1500
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=["random", "rising", "confident"])
+def regime(request):
+    return request.param
+
+
+def problem(dtype, regime="random", rows=N, columns=V):
+    x, w = torch.randn(rows, D), torch.randn(columns, D) * D**-0.5
+    target = torch.randint(0, columns, (rows,))
+    if regime == "rising":  # the last classes' scores are far above the first ones'
+        x[:, 0], w[:, 0] = 1, torch.linspace(0, 40, columns)
+    if regime == "confident":
+        x += 14 * w[target] / w[target].square().sum(1, keepdim=True)
+    return x.to(dtype).requires_grad_(), w.to(dtype).requires_grad_(), target
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("schedule", ["eager", "recompute"])
+def test_linear_cross_entropy(backend, device, dtype, schedule, regime):
+    x, w, target = problem(dtype, regime)
+    loss = fl.linear_cross_entropy(x, w, target, schedule=schedule)
+    assert loss.device.type == device.type
+    dx, dw = torch.autograd.grad(loss, (x, w))
+    dense = lambda s: F.cross_entropy(s, target)  # noqa: E731
+    check_linear_gradients(dx, dw, dense, x, w, target)
+    check_loss(loss, dense, x.detach().double() @ w.detach().double().t())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_given_logits(backend, dtype):
+    z, target = (3 * torch.randn(N, V)).to(dtype), torch.randint(0, V, (N,))
+    z[:, ::7] = -torch.inf
+    z.scatter_(1, target[:, None], 1.0)
+    z.requires_grad_()
+    loss = fl.cross_entropy(z, target)
+    (found,) = torch.autograd.grad(loss, z)
+    check_score_gradient(found, lambda s: F.cross_entropy(s, target), z.detach(), target)
+    assert (found[z == -torch.inf] == 0).all()
+
+
+@pytest.mark.parametrize("module", LOSSES, ids=name_of)
+@pytest.mark.parametrize("schedule", ["eager", "recompute"])
+def test_losses(backend, module, schedule):
+    classes = 300
+    x, w, target = problem(torch.float32, rows=20, columns=classes)
+    target %= 5
+    for case in module.CASES:
+        options = hyperparameters(case, classes)
+        scores = fl.linear_scores(x, w, schedule=schedule)
+        found = torch.autograd.grad(function_of(module)(scores, target, **options, reduction="sum"), (x, w))
+        exact = [t.detach().double().requires_grad_() for t in (x, w)]
+        options = hyperparameters(case, classes, torch.float64)
+        truth = module.reference(exact[0] @ exact[1].t(), target, **options).sum()
+        for got, gradient in zip(found, torch.autograd.grad(truth, exact)):
+            assert error(got, gradient) < 1e-5, case
+
+
+def test_ignored_rows_and_options(backend):
+    x, w, target = problem(torch.float32)
+    target[::3] = -100
+    bias, row_weight = torch.randn(V).requires_grad_(), torch.rand(N)
+    options = dict(linear_bias=bias, row_weight=row_weight, softcap=20.0, temperature=0.7, z_loss=1e-3)
+    keep = target >= 0
+    for reduction in ("mean", "none"):
+        loss = fl.linear_cross_entropy(x, w, target, reduction=reduction, **options)
+        found = torch.autograd.grad(loss.sum(), (x, w, bias))
+        scores = 20 * torch.tanh((x.double() @ w.double().t() + bias.double()) / 20) / 0.7
+        losses = F.cross_entropy(scores, target, reduction="none") + 1e-3 * scores.logsumexp(1).square() * keep
+        losses = losses * row_weight
+        truth = losses.sum() / (row_weight * keep).sum() if reduction == "mean" else losses.sum()
+        for got, exact in zip(found, torch.autograd.grad(truth, (x, w, bias))):
+            assert error(got, exact) < 2e-6
+        assert (found[0][~keep] == 0).all() and (reduction == "mean" or (loss[~keep] == 0).all())
+
+
+def test_log_probs_without_gradients(backend):
+    x, w, target = problem(torch.float32)
+    with torch.no_grad():
+        found = fl.linear_log_probs(x, w, target, return_entropy=True, return_lse=True)
+    log_p = torch.log_softmax(x.double() @ w.double().t(), 1)
+    assert error(found.log_probs, log_p.gather(1, target[:, None])[:, 0]) < 1e-6
+    assert error(found.entropy, -(log_p.exp() * log_p).sum(1)) < 1e-6
+
+
+def test_targets_out_of_range(backend, device):
+    x, w, target = problem(torch.float32)
+    target[4] = V
+    if device.type == "cpu":
+        with pytest.raises(IndexError, match="out of range"):
+            fl.linear_cross_entropy(x, w, target)
+        return
+    loss = fl.linear_cross_entropy(x, w, target)
+    assert loss.isnan() and torch.autograd.grad(loss, x)[0].isnan().all()
+    with pytest.raises(IndexError, match=f"element 4 of the flat target\\] = {V}"):
+        fl.check()
+
+
+@pytest.mark.unpoisoned
+def test_cuda_graph(device, backend):
+    """Nothing in a step waits for the device: a graph records it, and replays it with other numbers."""
+    if device.type != "cuda":
+        pytest.skip("needs a CUDA device: graphs")
+    x, w, target = problem(torch.bfloat16)
+
+    def step():
+        loss = fl.linear_cross_entropy(x, w, target)
+        return loss.detach(), *torch.autograd.grad(loss, (x, w))
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = step()
+    other, _, others = problem(torch.bfloat16)
+    with torch.no_grad():
+        x.copy_(other), target.copy_(others)
+    graph.replay()
+    for got, expected in zip(recorded, step()):
+        assert torch.equal(got, expected)
