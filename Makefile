@@ -40,7 +40,7 @@ bench: setup
 
 # The benchmark runs whatever the tests say; what either said is told at the end.
 gpu:
-	CMAKE_ARGS="$(CMAKE_ARGS) -DCMAKE_CUDA_ARCHITECTURES=native" $(GPU_PYTHON) setup.py -q build_ext --inplace
+	CMAKE_ARGS="$(CMAKE_ARGS) $(if $(filter cuda%,$(GPU_DEVICE)),-DCMAKE_CUDA_ARCHITECTURES=native)" $(GPU_PYTHON) setup.py -q build_ext --inplace
 	PYTHONPATH=. $(GPU_PYTHON) -m fusedloss info
 	@tests=passed; bench=done; \
 	PYTHONPATH=. $(GPU_PYTHON) -m pytest -q --device $(GPU_DEVICE) --maxfail=50 $(ARGS) || tests=FAILED; \

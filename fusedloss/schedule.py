@@ -65,7 +65,9 @@ class Stream:
     def fuses(self, stats: Sequence[Statistic]) -> bool:
         """Whether the backend takes these statistics out of the product itself."""
         fuses = getattr(self.backend, "fuses", None)
-        return fuses is not None and self.weight is not None and fuses(stats, self.tile(None, slice(0, self.columns)))
+        if fuses is None or self.weight is None or self.x.stride(1) != 1 or self.weight.stride(1) != 1:
+            return False
+        return fuses(stats, self.tile(None, slice(0, self.columns)))
 
     def fused_statistics(self, x: Tensor, stats, states, kept: Exponentials | None = None) -> None:
         """Statistics of whole rows, whose scores are never in memory."""
