@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -29,6 +30,8 @@ from .statistics import Count, LogSumExp, Score, Statistic
 FEW_INPUTS = 32
 # Rows of dW in fp32 on their way to half precision.
 PART_BYTES = 64 << 20
+# Rows of single scores that are looked at together.
+SOME_ROWS = 512
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,9 +229,9 @@ def eager_sweep(
             coefficients = step(rows, states)
             direct = into.x is not None and stream.kept is None and into.x.dtype == wide
             here = None if into.x is None else into.x[rows] if direct else dx[: rows.stop - rows.start]
-            factor = None if threshold > 0 else chunk.factor(states, coefficients, into.sums)
-            x = chunk.x if factor is None else (chunk.x * factor).to(narrow)
-            for columns, out in chunk.gradients(states, coefficients, into.sums, threshold, factor):
+            factored = None if threshold > 0 else chunk.factored(states, coefficients, into.sums)
+            x = chunk.x if factored is None else (chunk.x * factored.rows).to(narrow)
+            for columns, out in chunk.gradients(states, coefficients, into.sums, threshold, factored):
                 live, weight = None, stream.weight[columns]
                 if threshold > 0:
                     live = (~(chunk.largest < threshold)).nonzero().squeeze(1)  # NaN is not filtered out
@@ -237,13 +240,43 @@ def eager_sweep(
                 if here is not None:
                     stream.backend.gemm(here, out, weight, accumulate=columns is not chunk.blocks[-1])
                 if dw is not None and dw.numel():
-                    _add_to_weight(stream, dw[columns], out, x, live, part, first=rows.start == 0)
-            if here is not None and factor is not None:
-                here.mul_(factor)
+                    finish = None if factored is None else partial(factored.add_to_weight, chunk.x, columns.start)
+                    _add_to_weight(stream, dw[columns], out, x, live, part, rows.start == 0, finish)
+            if here is not None and factored is not None:
+                factored.finish_input(here, stream.weight)
             if here is not None and not direct:
                 stream.put(into.x, rows, here)
         if dw is not into.weight:
             into.weight.copy_(dw)
+
+
+@dataclass(eq=False)
+class Factored:
+    """∂L/∂a_ij = f_i · e_ij but for the single scores that were asked for.
+
+    So G W = f ∘ (E W) and Gᵀ X = Eᵀ (f ∘ X) need no G: no second pass over the tile. The single scores add c_i W_at(i) to
+    row i of the one and c_i X_i to row at(i) of the other, in fp32. It takes a shift that all columns share, and numbers
+    that float16 has not.
+    """
+
+    rows: Tensor  # (n, 1): f
+    single: list[tuple[Tensor, Tensor]]  # of each wanted column: at (n,), negative for none, and c (n,)
+
+    def finish_input(self, dx: Tensor, weight: Tensor) -> None:
+        """From E W to dX."""
+        dx.mul_(self.rows)
+        for at, c in self.single:
+            for some in spans(len(at), SOME_ROWS):
+                rows = (at[some] >= 0).nonzero().squeeze(1) + some.start
+                dx.index_add_(0, rows, weight.index_select(0, at[rows]).to(dx.dtype) * c[rows, None])
+
+    def add_to_weight(self, x: Tensor, first: int, skipped: int, part: Tensor) -> None:
+        """To `part`, rows of dW from class `first` + `skipped` on, what the single scores give."""
+        for at, c in self.single:
+            place = at - (first + skipped)
+            rows = ((at >= 0) & (place >= 0) & (place < len(part))).nonzero().squeeze(1)
+            for some in rows.split(SOME_ROWS):
+                part.index_add_(0, place[some], x.index_select(0, some).to(part.dtype) * c[some, None])
 
 
 class _Chunk:
@@ -281,13 +314,8 @@ class _Chunk:
             self.stream.backend.statistics(self.stream.compute(raw, self.x, columns), part, states, kept)
         return states
 
-    def factor(self, states, coefficients, sums: Sums) -> Tensor | None:
-        """f (n, 1) by which the kept exponentials are the gradient, once the coefficients of single scores are put
-        among them; None where that is not so, and `gradients` has to go over them.
-
-        ∂L/∂a_ij = f_i · e_ij wherever no single score is asked for: then G W and Gᵀ X need no G, for the rows of the one
-        and of X can be multiplied instead. It takes a shift that all columns share, and numbers that float16 has not.
-        """
+    def factored(self, states, coefficients, sums: Sums) -> Factored | None:
+        """The gradient as a factor per row times the kept exponentials, where it is that."""
         narrow = half(self.stream.dtype) and self.x.shape[1] < FEW_INPUTS
         if self.kept[0] is None or self.tile.device.type != "cpu" or self.stream.dtype == torch.float16 or narrow:
             return None
@@ -296,34 +324,26 @@ class _Chunk:
         if not plain or not (shifts == shifts[0]).all():
             return None
         (lse,) = [n for n, s in enumerate(self.stats) if isinstance(s, LogSumExp)]
-        weight = coefficients[lse].double()
-        factor = torch.where(
-            weight == 0, 0.0, weight * torch.exp(shifts[0, :, None] - self.stats[lse].value(states[lse]))
-        )
-        entries = []
+        weight, value = coefficients[lse].double(), self.stats[lse].value(states[lse])
+        factor = torch.where(weight == 0, 0.0, weight * torch.exp(shifts[0, :, None] - value))
+        silent = (factor == 0).squeeze(1)
+        if silent.any():  # 0 whatever its scores are, also NaN
+            for kept in self.kept:
+                kept.data[silent] = 0
+        single = []
         for s, state, coefficient in zip(self.stats, states, coefficients):
             if isinstance(s, Score):
-                value = torch.where((coefficient == 0) | (state == -torch.inf), 0.0, coefficient / factor)
-                entries += list(zip(s.columns_of(value.shape[0]).unbind(1), value.unbind(1)))
-        silent = (factor == 0).squeeze(1)
-        if len(entries) > 4 or not all((value.abs() < 1e30).all() for _, value in entries):
-            return None
-        for columns, kept in zip(self.blocks, self.kept):
-            for at, value in entries:
-                rows = ((at >= columns.start) & (at < columns.stop)).nonzero().squeeze(1)
-                place = rows, at[rows] - columns.start
-                kept.data[place] = (kept.data[place] + value[rows]).to(kept.data.dtype)
-            if silent.any():  # whatever its scores are, also NaN
-                kept.data[silent] = 0
-        return (factor * self.stream.scale).to(shifts.dtype)
+                at = torch.where((coefficient == 0) | (state == -torch.inf), -1, s.columns_of(len(state)))
+                single += zip(at.unbind(1), (coefficient * self.stream.scale).to(shifts.dtype).unbind(1))
+        return Factored((factor * self.stream.scale).to(shifts.dtype), single)
 
     def gradients(
-        self, states, coefficients, sums: Sums, threshold: float, factor: Tensor | None
+        self, states, coefficients, sums: Sums, threshold: float, factored: Factored | None
     ) -> Iterator[tuple[slice, Tensor]]:
-        """The blocks' gradients (over `factor`, where there is one), the last first: it is still in the caches."""
+        """The blocks' gradients (or what they are `factored` into), the last first: it is still in the caches."""
         backend, stream = self.stream.backend, self.stream
         for columns, part, kept in reversed(list(zip(self.blocks, self.parts, self.kept))):
-            if factor is not None:
+            if factored is not None:
                 yield columns, kept.data
                 continue
             mine = sums.taking(columns)
@@ -348,11 +368,21 @@ def _part_classes(layout: Plan, width: int) -> int:
 
 
 def _add_to_weight(
-    stream: Stream, dw: Tensor, out: Tensor, x: Tensor, live: Tensor | None, part: Tensor, first: bool
+    stream: Stream,
+    dw: Tensor,
+    out: Tensor,
+    x: Tensor,
+    live: Tensor | None,
+    part: Tensor,
+    first: bool,
+    finish: Callable[[int, Tensor], None] | None,
 ) -> None:
-    """dW block (+)= outᵀ x, or only its `live` classes when the others were filtered out; `part` is scratch for some."""
+    """dW block (+)= outᵀ x, or only its `live` classes when the others were filtered out; `part` is scratch for some.
+    `finish` adds what else belongs to the classes from one on, in fp32."""
     if live is None and dw.dtype == part.dtype:
         stream.backend.gemm(dw, out.t(), x, accumulate=not first)
+        if finish is not None:
+            finish(0, dw)
         return
     if live is not None and first:
         dw.zero_()
@@ -362,6 +392,8 @@ def _add_to_weight(
         if add:
             torch.index_select(dw, 0, these, out=here)
         stream.backend.gemm(here, out[:, classes].t(), x, accumulate=add)
+        if finish is not None:
+            finish(classes.start, here)
         if live is None:  # the only chunk: rounded once, here
             dw[classes] = here
         else:
