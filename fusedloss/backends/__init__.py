@@ -6,11 +6,11 @@ from types import ModuleType
 
 from torch import device as Device, dtype as DType
 
-# `torch` below is the backend of that name, not the package.
-from . import cpu, torch
+# `torch` and `triton` below are the backends of those names, not the packages.
+from . import cpu, torch, triton
 
 # In order of preference; the last one takes everything.
-BACKENDS: tuple[ModuleType, ...] = (cpu, torch)
+BACKENDS: tuple[ModuleType, ...] = (cpu, triton, torch)
 
 
 def choose(device: Device, dtype: DType, wanted: str = "auto") -> ModuleType:

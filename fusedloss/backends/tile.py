@@ -67,9 +67,22 @@ class Sums:
 
 @dataclass(frozen=True, eq=False)
 class Exponentials:
-    """What is kept of a tile between its two passes where that is enough: e_ij = exp(z_ij − shift_i), 0 where the
-    log-sum-exp does not look. One exponential per score instead of two, and a relative rounding error that does not
-    grow with the scores, as that of scores kept in half precision does."""
+    """What is kept of a tile between its two passes where that is enough: e_ij = exp(z_ij − shift[j // block, i]), 0
+    where the log-sum-exp does not look. One exponential per score instead of two, and a relative rounding error that
+    does not grow with the scores, as that of scores kept in half precision does."""
 
-    data: Tensor  # (n, m), in the type of the GEMMs' operands
-    shift: Tensor  # (n,)
+    data: Tensor  # (n, m), in the type of the GEMMs' operands; may be the tile's own memory
+    shift: Tensor  # (ceil(m / block), n) float32
+    block: int  # columns to each row of shift
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What sizes of chunks and blocks suit a backend on a device."""
+
+    eager_rows: int  # fewest rows per chunk at which keeping the tile beats computing it again
+    most_rows: int  # most rows per chunk
+    block_bytes: int  # of a block of scores between the GEMM that writes it and the pass that reads it
+    block_columns: int  # its most columns
+    cached_bytes: int  # a dW this small stays in the caches
+    kept_columns: int  # columns to each row of `Exponentials.shift`

@@ -44,9 +44,10 @@ def statistics(
     if keep is not None:  # last: it may take the tile's own memory
         (lse,) = [s for s in stats if isinstance(s, LogSumExp)]
         seen = lse.visible(z, tile.first)
-        top = seen.amax(1)
-        keep.shift.copy_(torch.where(top == -torch.inf, 0.0, top))
-        keep.data.copy_(torch.exp(seen - keep.shift.unsqueeze(1)))
+        for number, columns in enumerate(seen.split(keep.block, dim=1)):
+            top = columns.amax(1)
+            keep.shift[number] = torch.where(top == -torch.inf, 0.0, top)
+        keep.data.copy_(torch.exp(seen - _per_column(keep)))
 
 
 def gradient(
@@ -86,6 +87,12 @@ def gradient(
     out.copy_(slope)
 
 
+def _per_column(kept: Exponentials) -> Tensor:
+    """The shift of every element, (n, m)."""
+    block = torch.arange(kept.data.shape[1], device=kept.data.device) // kept.block
+    return kept.shift[block].t()
+
+
 def gradient_of_exponentials(
     tile: Tile,
     kept: Exponentials,
@@ -98,9 +105,9 @@ def gradient_of_exponentials(
     slope = torch.zeros(kept.data.shape, dtype=kept.shift.dtype, device=kept.data.device)
     for statistic, state, coefficient in zip(stats, states, coefficients):
         if isinstance(statistic, LogSumExp):
-            factor = coefficient[:, 0] * torch.exp(kept.shift - statistic.value(state)[:, 0])
-            factor = torch.where(coefficient[:, 0] == 0, 0.0, factor).to(slope.dtype)
-            slope += torch.where(kept.data == 0, 0.0, kept.data.to(slope.dtype) * factor.unsqueeze(1))
+            factor = coefficient * torch.exp(_per_column(kept) - statistic.value(state))
+            factor = torch.where(coefficient == 0, 0.0, factor).to(slope.dtype)
+            slope += torch.where(kept.data == 0, 0.0, kept.data.to(slope.dtype) * factor)
         elif isinstance(statistic, Score):
             slope += statistic.slope(slope, tile.first, state, coefficient.to(slope.dtype))
     if sums.class_shift is not None:

@@ -1,0 +1,336 @@
+"""From tiles and statistics to launches of the Triton kernels: arguments, block sizes, grids. Imports triton."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+from torch import Tensor
+
+from .. import statistics as S
+from ..kernels import gradient as gradient_kernels
+from ..kernels import statistics as statistics_kernels
+from ..kernels import words as W
+from .tile import Exponentials, Sums, Tile
+from .triton import interpreted
+
+BLOCK = 4096  # scores in registers of one program, at most
+SMALLEST = 64  # columns of a block, at least
+MOST_KEPT = 16384  # columns to a row of `Exponentials.shift`, at most
+PROGRAMS = 1024  # enough to fill a GPU: below it, columns are split over programs too
+GROUPS = 256  # groups of rows that sums over rows are first taken of: a row of fp32 scratch for each
+PREPARED_ROWS = 128  # rows to a program of the kernels that look at states alone
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch: what runs, on how many programs, with what arguments, specialised on what."""
+
+    kernel: object
+    grid: tuple[int, ...]
+    arguments: dict
+    constants: dict
+    warps: int = 8
+    stages: int = 2
+
+    @property
+    def options(self) -> dict:
+        # FP fusion is what the elementary functions expect of a device, and its default is not the same in all versions.
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+
+    def run(self) -> None:
+        if 0 not in self.grid:
+            self.kernel[self.grid](**self.arguments, **self.constants, **({} if interpreted() else self.options))
+
+
+def run(launches: Iterator[Launch], device: torch.device) -> None:
+    """On the device's own current stream, whichever device is current."""
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        for launch in launches:
+            launch.run()
+
+
+# --- arguments -------------------------------------------------------------------------------------------------------
+
+_FUNCTIONS = {"softplus": W.SOFTPLUS, "sigmoid": W.SIGMOID, "hinge": W.HINGE, "squared_hinge": W.SQUARED_HINGE,
+              "focal": W.FOCAL}  # fmt: skip
+
+
+def _score(s: S.Score) -> dict:
+    at = s.at if s.columns is None else s.columns
+    stride = 0 if s.at is None else s.width
+    return {"kind": W.SCORE, "count": s.width, "at": at.to(torch.int64).contiguous(), "at_stride": stride}
+
+
+def _expectation(s: S.Expectation) -> dict:
+    if s.values is None:
+        function = W.OF_SCORE
+    elif s.near is None:
+        function = W.OF_OPERAND
+    else:
+        function = W.OF_DISTANCE if s.power == 1 else W.OF_SQUARE
+    return {"kind": W.EXPECTATION, "function": function, "operand": s.values, "row": s.near, "factor": s.factor}
+
+
+_FIELDS = {
+    S.Score: _score,
+    S.LogSumExp: lambda s: {"kind": W.LOGSUMEXP, "factor": s.factor},
+    S.Sum: lambda s: {"kind": W.SUM, "operand": s.weights},
+    S.Mass: lambda s: {"kind": W.MASS, "operand": s.weights},
+    S.SumOfSquares: lambda s: {"kind": W.SUM_OF_SQUARES},
+    S.Moments: lambda s: {"kind": W.MOMENTS},
+    S.Expectation: _expectation,
+    S.SumOf: lambda s: {"kind": W.SUM_OF, "function": _FUNCTIONS[s.function], "row": s.row, "factor": s.factor,
+                        "parameter": s.parameter},
+    S.Extreme: lambda s: {"kind": W.EXTREME, "count": s.k, "factor": s.factor},
+}  # fmt: skip
+
+
+def _operand(tensor: Tensor | None) -> Tensor | None:
+    """A class vector in fp32, or a matrix that is read where it lies, in any type whose rows are contiguous."""
+    if tensor is None or (tensor.dim() == 2 and tensor.stride(1) == 1 and tensor.dtype != torch.float64):
+        return tensor
+    return tensor.to(torch.float32).contiguous()
+
+
+def describe(s: S.Statistic, state: Tensor, coefficient: Tensor | None = None) -> tuple[tuple, tuple]:
+    """(spec, arguments) of a statistic as words.py numbers them. What is missing is stood in for by the state."""
+    assert state.is_contiguous() and state.dtype == torch.float64
+    given = _FIELDS[type(s)](s)
+    where, operand, row = getattr(s, "where", None), _operand(given.get("operand")), given.get("row")
+    form = W.NONE if operand is None else W.VECTOR if operand.dim() == 1 else W.MATRIX
+    count = given.get("count", 1)
+    rest = state if where is None else where.column.to(torch.int64).contiguous()
+    spec = (given["kind"].value, given.get("function", W.NONE).value, int(where is not None), form.value,
+            int(row is not None), count, triton.next_power_of_2(count))  # fmt: skip
+    arguments = (
+        *(state, rest, state if operand is None else operand),
+        operand.stride(0) if form == W.MATRIX else 0,
+        state if row is None else row.to(torch.float32).contiguous(),
+        *(given.get("at", state), given.get("at_stride", 0)),
+        *(float(given.get("factor", 1.0)), float(given.get("parameter", 0.0))),
+        state if coefficient is None else coefficient.to(torch.float32).contiguous(),
+    )
+    return spec, arguments
+
+
+def describe_all(stats, states, coefficients=None) -> tuple[tuple, tuple]:
+    """(specs, arguments) of several statistics."""
+    coefficients = [None] * len(stats) if coefficients is None else coefficients
+    pairs = [describe(*each) for each in zip(stats, states, coefficients)]
+    return tuple(spec for spec, _ in pairs), tuple(arguments for _, arguments in pairs)
+
+
+def _way(tile: Tile, stand_in: Tensor) -> tuple[dict, tuple]:
+    """How raw scores become scores: arguments, and the tuple `HOW`. A scale in memory is read by the device only."""
+    vectors = (tile.bias, tile.class_scale, tile.class_shift)
+    given = tuple(stand_in if v is None else v.to(torch.float32).contiguous() for v in vectors)
+    if isinstance(tile.scale, Tensor):
+        how, scale = W.MEMORY, tile.scale
+    else:
+        how, scale = W.NONE if tile.scale == 1 else W.NUMBER, float(tile.scale)
+    flags = (*(int(v is not None) for v in vectors), int(tile.softcap != 0), how.value)
+    return {"vectors": given, "softcap": float(tile.softcap), "scale": scale}, flags
+
+
+# --- shapes ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a tile is cut: R rows × BLOCK columns at a time, of which `step` count, `parts` programs side by side."""
+
+    r: int
+    block: int
+    step: int
+    parts: int
+    part_columns: int
+
+
+def shape_of(rows: int, columns: int, step: int | None = None, whole_rows: bool = False, groups: int = 0) -> Shape:
+    """`step`: columns that belong together; `whole_rows`: one program walks all columns; `groups`: of rows, if given."""
+    step = max(1, min(columns, BLOCK if step is None else step))
+    if step > MOST_KEPT:
+        raise ValueError(f"fusedloss: triton: {step} columns to one shift of exponentials; at most {MOST_KEPT}")
+    block = max(SMALLEST, triton.next_power_of_2(step))
+    # Few rows are spread over programs rather than put side by side in one.
+    r = min(max(1, BLOCK // block), 16, triton.next_power_of_2(max(1, rows // PROGRAMS)))
+    steps = -(-max(1, columns) // step)
+    wanted = -(-PROGRAMS // max(1, groups or -(-rows // r)))
+    per_part = steps if whole_rows else -(-steps // min(steps, max(1, wanted)))
+    return Shape(r, block, step, -(-steps // per_part), per_part * step)
+
+
+def overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors may share memory."""
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+# --- statistics ------------------------------------------------------------------------------------------------------
+
+
+def statistics(tile: Tile, stats: Sequence[S.Statistic], states: Sequence[Tensor], keep: Exponentials | None) -> None:
+    run(statistics_launches(tile, stats, states, keep), tile.data.device)
+
+
+def statistics_launches(tile, stats, states, keep=None) -> Iterator[Launch]:
+    data = tile.data
+    rows, columns = data.shape
+    if rows == 0 or columns == 0 or not stats:
+        return
+    assert data.stride(1) == 1 or columns == 1
+    specs, arguments = describe_all(stats, states)
+    way, how = _way(tile, data)
+    kept = -1 if keep is None else [isinstance(s, S.LogSumExp) and s.factor == 1.0 for s in stats].index(True)
+    whole = any(isinstance(s, S.Extreme) for s in stats) or (keep is not None and overlap(keep.data, data))
+    shape = shape_of(rows, columns, None if keep is None else keep.block, whole)
+    summed = any(not isinstance(s, (S.Score, S.Extreme)) for s in stats)
+    split = shape.parts > 1
+    partial = states[0]
+    if split:
+        partial = torch.empty(len(stats), shape.parts, 3, rows, dtype=torch.float64, device=data.device)
+    yield Launch(
+        statistics_kernels.statistics,
+        (triton.cdiv(rows, shape.r), shape.parts),
+        dict(
+            **dict(data=data, stride=data.stride(0), rows=rows, columns=columns, first=tile.first, **way),
+            **dict(arguments=arguments, partial=partial),
+            keep=data if keep is None else keep.data,
+            keep_stride=0 if keep is None else keep.data.stride(0),
+            shift=data if keep is None else keep.shift,
+            shift_stride=0 if keep is None else keep.shift.stride(0),
+            **dict(step=shape.step, part_columns=shape.part_columns),
+        ),
+        dict(SPECS=specs, HOW=how, KEEP=kept, SPLIT=split, R=shape.r, BLOCK=shape.block),
+    )
+    if split and summed:
+        yield Launch(
+            statistics_kernels.merge_parts,
+            (triton.cdiv(rows, PREPARED_ROWS),),
+            dict(partial=partial, parts=shape.parts, rows=rows, arguments=arguments),
+            dict(SPECS=specs, R=PREPARED_ROWS),
+            warps=4,
+        )
+
+
+# --- gradient --------------------------------------------------------------------------------------------------------
+
+
+def _numbers(specs, arguments, rows: int, device) -> tuple[Tensor, Launch]:
+    out = torch.empty(1 + 4 * len(specs), rows, dtype=torch.float32, device=device)
+    return out, Launch(
+        gradient_kernels.derivatives,
+        (triton.cdiv(rows, PREPARED_ROWS),),
+        dict(arguments=arguments, out=out, rows=rows),
+        dict(SPECS=specs, R=PREPARED_ROWS),
+        warps=4,
+    )
+
+
+class _ColumnSums:
+    """Sums over rows: a row of scratch for each group of rows, added up in order when all groups are done."""
+
+    def __init__(self, sums: Sums, rows: int, columns: int, device: torch.device):
+        self.wanted = (sums.bias, sums.class_scale, sums.class_shift, sums.scale, sums.largest)
+        self.asked = tuple(int(s is not None) for s in self.wanted)
+        self.rows, self.columns, self.device = rows, columns, device
+
+    def groups(self, r: int) -> tuple[int, int]:
+        """(groups, rows to each)."""
+        each = r * triton.cdiv(self.rows, r * GROUPS) if any(self.asked) else r
+        return triton.cdiv(self.rows, each), each
+
+    def scratch(self, groups: int, parts: int, stand_in: Tensor) -> tuple[Tensor, ...]:
+        self.parts = tuple(
+            torch.empty(groups, parts, dtype=torch.float64, device=self.device)
+            if place == W.TO_SCALE.value and asked
+            else torch.empty(groups, self.columns, dtype=torch.float32, device=self.device)
+            if asked
+            else stand_in
+            for place, asked in enumerate(self.asked)
+        )
+        return self.parts
+
+    def finish(self) -> None:
+        for place, (total, part) in enumerate(zip(self.wanted, self.parts)):
+            if total is None:
+                continue
+            if place == W.TO_SCALE.value:
+                total.add_(part.sum())
+            elif place == W.TO_LARGEST.value:
+                torch.maximum(total, part.amax(0), out=total)
+            else:
+                total.add_(part.sum(0))
+
+
+def gradient(tile: Tile, out: Tensor, stats, states, coefficients, sums: Sums) -> None:
+    data = tile.data
+    rows, columns = data.shape
+    if rows == 0 or columns == 0:
+        return
+    column_sums = _ColumnSums(sums, rows, columns, data.device)
+    run(gradient_launches(tile, out, stats, states, coefficients, column_sums), data.device)
+    column_sums.finish()
+
+
+def gradient_launches(tile, out, stats, states, coefficients, column_sums: _ColumnSums) -> Iterator[Launch]:
+    data = tile.data
+    rows, columns = data.shape
+    assert (data.stride(1) == 1 and out.stride(1) == 1) or columns == 1
+    specs, arguments = describe_all(stats, states, coefficients)
+    way, how = _way(tile, data)
+    numbers, launch = _numbers(specs, arguments, rows, data.device)
+    yield launch
+    narrowing = overlap(out, data) and out.dtype != data.dtype
+    r = shape_of(rows, columns).r
+    groups, each = column_sums.groups(r)
+    shape = replace(shape_of(rows, columns, None, narrowing, groups), r=r)
+    yield Launch(
+        gradient_kernels.gradient,
+        (groups, shape.parts),
+        dict(
+            **dict(data=data, stride=data.stride(0), out=out, out_stride=out.stride(0), rows=rows, columns=columns),
+            **dict(first=tile.first, **way, arguments=arguments, numbers=numbers),
+            **dict(sums=column_sums.scratch(groups, shape.parts, data), group_rows=each),
+            part_columns=shape.part_columns,
+        ),
+        dict(SPECS=specs, HOW=how, SUMS=column_sums.asked, R=r, BLOCK=shape.block),
+    )
+
+
+def gradient_of_exponentials(tile: Tile, kept: Exponentials, stats, states, coefficients, sums: Sums) -> None:
+    rows, columns = kept.data.shape
+    if rows == 0 or columns == 0:
+        return
+    if sums.scale is not None or sums.class_scale is not None or tile.softcap:
+        raise ValueError("fusedloss: triton: exponentials do not tell scores: no softcap, no sums for the scales")
+    column_sums = _ColumnSums(sums, rows, columns, kept.data.device)
+    run(exponentials_launches(tile, kept, stats, states, coefficients, column_sums), kept.data.device)
+    column_sums.finish()
+
+
+def exponentials_launches(tile, kept, stats, states, coefficients, column_sums: _ColumnSums) -> Iterator[Launch]:
+    data = kept.data
+    rows, columns = data.shape
+    specs, arguments = describe_all(stats, states, coefficients)
+    way, how = _way(tile, data)
+    numbers, launch = _numbers(specs, arguments, rows, data.device)
+    yield launch
+    r = shape_of(rows, columns, kept.block).r
+    groups, each = column_sums.groups(r)
+    shape = replace(shape_of(rows, columns, kept.block, False, groups), r=r)
+    yield Launch(
+        gradient_kernels.gradient_of_exponentials,
+        (groups, shape.parts),
+        dict(
+            **dict(data=data, stride=data.stride(0), shift=kept.shift, shift_stride=kept.shift.stride(0)),
+            **dict(rows=rows, columns=columns, first=tile.first, step=shape.step),
+            **dict(vectors=way["vectors"], scale=way["scale"], arguments=arguments, numbers=numbers),
+            **dict(sums=column_sums.scratch(groups, shape.parts, data), group_rows=each),
+            part_columns=shape.part_columns,
+        ),
+        dict(SPECS=specs, HOW=how, SUMS=column_sums.asked, R=r, BLOCK=shape.block),
+    )
