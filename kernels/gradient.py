@@ -9,15 +9,14 @@ import triton
 import triton.language as tl
 
 from .elementwise import exp
-from .scores import operand_of, row_parameter, scores_of, seen_by
-from .states import derivative, slope
+from .scores import operand_of, row_parameter, scores_of, seen_by, wide
+from .states import derivative, slope, width_of
 from .words import (
     AT,
     AT_STRIDE,
     CLASS_SCALE,
     COEFFICIENT,
     COUNT,
-    EXPECTATION,
     EXTREME,
     FACTOR,
     KIND,
@@ -30,7 +29,6 @@ from .words import (
     SCALE,
     SCORE,
     STATE,
-    SUM_OF,
     TO_BIAS,
     TO_CLASS_SCALE,
     TO_CLASS_SHIFT,
@@ -49,29 +47,33 @@ def numbers_of(pointer, row, there, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def derivative_in(argument, row, there, active, SPEC: tl.constexpr):
+    """(`active` or any coefficient is not 0, `derivative`) of one statistic that is a sum over columns."""
+    WIDTH: tl.constexpr = width_of(SPEC)
+    state = numbers_of(argument[STATE], row, there, WIDTH)
+    COEFFICIENTS: tl.constexpr = 3 if SPEC[KIND] == MOMENTS else 1
+    coefficient = numbers_of(argument[COEFFICIENT], row, there, COEFFICIENTS)
+    for i in tl.static_range(COEFFICIENTS):
+        active = active | (coefficient[i] != 0).to(tl.int32)
+    return active, derivative(state, coefficient, argument[FACTOR], there, SPEC)
+
+
+@triton.jit
 def derivatives(arguments, out, rows, SPECS: tl.constexpr, R: tl.constexpr):
     """out (1 + 4 K, rows) fp32: whether any coefficient of the row is not 0, and `derivative` of each statistic."""
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     there = row < rows
     active = tl.zeros([R], tl.int32)
     for k in tl.static_range(len(SPECS)):
-        kind: tl.constexpr = SPECS[k][KIND]
         argument = arguments[k]
-        if kind == SCORE or kind == EXTREME:
+        if SPECS[k][KIND] == SCORE or SPECS[k][KIND] == EXTREME:
             for c in range(SPECS[k][COUNT]):
                 one = tl.load(argument[COEFFICIENT] + row * SPECS[k][COUNT] + c, mask=there, other=0.0)
                 active = active | (one != 0).to(tl.int32)
-        elif kind != MASS:
-            width: tl.constexpr = (
-                3 if kind == EXPECTATION or kind == MOMENTS else 2 if kind == LOGSUMEXP or kind == SUM_OF else 1
-            )
-            state = numbers_of(argument[STATE], row, there, width)
-            coefficient = numbers_of(argument[COEFFICIENT], row, there, 3 if kind == MOMENTS else 1)
-            for i in tl.static_range(len(coefficient)):
-                active = active | (coefficient[i] != 0).to(tl.int32)
-            found = derivative(state, coefficient, argument[FACTOR], there, SPECS[k])
+        elif SPECS[k][KIND] != MASS:
+            active, found = derivative_in(argument, row, there, active, SPECS[k])
             for i in tl.static_range(4):
-                tl.store(out + (1 + 4 * k + i) * rows.to(tl.int64) + row, found[i], mask=there)
+                tl.store(out + (1 + 4 * k + i) * wide(rows) + row, found[i], mask=there)
     tl.store(out + row, active.to(tl.float32), mask=there)
 
 
@@ -94,8 +96,7 @@ def add_picked(g, argument, row, there, column, begin, first, SPEC: tl.constexpr
         here = (place >= 0) & (place < BLOCK)
         if tl.max(here.to(tl.int32), 0) > 0:
             coefficient = tl.load(argument[COEFFICIENT] + row * SPEC[COUNT] + c, mask=there, other=0.0)
-            place = tl.where(here, place, -1).to(tl.int32) + begin
-            hit = here[:, None] & (column[None, :] == place[:, None])
+            hit = here[:, None] & (column[None, :] - begin == place.to(tl.int32)[:, None])
             g = tl.where(hit, g + coefficient.to(tl.float32)[:, None], g)
     return g
 
@@ -208,7 +209,7 @@ def gradient(data, stride, out, out_stride, rows, columns, first, vectors, softc
             a = tl.load(data + row[:, None] * stride + column[None, :], mask=here, other=-float("inf")).to(tl.float32)
             tl.debug_barrier()
             z, along, cap = scores_of(a, vectors, softcap, scale, column, inside, HOW)
-            g = slopes(z, arguments, numbers, rows.to(tl.int64), row, there, column, inside, begin, first, columns,
+            g = slopes(z, arguments, numbers, wide(rows), row, there, column, inside, begin, first, columns,
                        SPECS, BLOCK)  # fmt: skip
             g, gathering = gathered(gathering, g, along, cap, vectors, column, inside, HOW, SUMS)
             at = out + row[:, None] * out_stride + column[None, :]
@@ -220,11 +221,12 @@ def gradient(data, stride, out, out_stride, rows, columns, first, vectors, softc
 
 
 @triton.jit
-def gradient_of_exponentials(data, stride, shift, shift_stride, rows, columns, first, step, vectors, scale, arguments,
+def gradient_of_exponentials(data, stride, shift, shift_stride, shift_columns, rows, columns, first, step, vectors, scale, arguments,
                              numbers, sums, group_rows, part_columns,
-                             SPECS: tl.constexpr, HOW: tl.constexpr, SUMS: tl.constexpr, R: tl.constexpr,
-                             BLOCK: tl.constexpr):  # fmt: skip
-    """∂L/∂a in place of exponentials that LOGSUMEXP kept, `step` ≤ BLOCK columns to a row of `shift`."""
+                             SPECS: tl.constexpr, HOW: tl.constexpr, SUMS: tl.constexpr, FINE: tl.constexpr,
+                             R: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """∂L/∂a in place of exponentials that LOGSUMEXP kept. A row of `shift` is for `shift_columns` columns; `step` ≤ BLOCK
+    columns at a time have one of them, or, where it is FINE, each its own."""
     group, part = tl.program_id(0), tl.program_id(1)
     end = tl.minimum(columns, (part + 1) * part_columns)
     for begin in range(part * part_columns, end, step):
@@ -234,7 +236,10 @@ def gradient_of_exponentials(data, stride, shift, shift_stride, rows, columns, f
         if HOW[CLASS_SCALE]:
             along = along * tl.load(vectors[1] + column, mask=inside, other=0.0)[None, :]
         gathering = no_sums(tl.zeros([], tl.float64), R, BLOCK)
-        shifts = shift + (begin // step).to(tl.int64) * shift_stride
+        if FINE:
+            at_shift = (column // shift_columns).to(tl.int64)[None, :] * shift_stride
+        else:
+            at_shift = tl.full([1, 1], 0, tl.int64) + wide(begin // shift_columns) * shift_stride
         for top in range(0, group_rows, R):
             row = group.to(tl.int64) * group_rows + top + tl.arange(0, R)
             there = (row < rows) & (top + tl.arange(0, R) < group_rows)
@@ -245,15 +250,16 @@ def gradient_of_exponentials(data, stride, shift, shift_stride, rows, columns, f
             g = tl.zeros_like(e)
             for k in tl.static_range(len(SPECS)):
                 if SPECS[k][KIND] == LOGSUMEXP:
-                    weight = per_row(numbers, 1 + 4 * k, rows.to(tl.int64), row, there)
-                    center = per_row(numbers, 2 + 4 * k, rows.to(tl.int64), row, there)
-                    factor = weight * exp(tl.load(shifts + row, mask=there, other=0.0)[:, None] - center)
+                    weight = per_row(numbers, 1 + 4 * k, wide(rows), row, there)
+                    center = per_row(numbers, 2 + 4 * k, wide(rows), row, there)
+                    known = there[:, None] & inside[None, :] if FINE else there[:, None]
+                    factor = weight * exp(tl.load(shift + at_shift + row[:, None], mask=known, other=0.0) - center)
                     factor = tl.where(weight == 0, 0.0, factor)  # whatever the shift is
                     g += tl.where(e == 0, 0.0, e * factor)
             for k in tl.static_range(len(SPECS)):
                 if SPECS[k][KIND] == SCORE:
                     g = add_picked(g, arguments[k], row, there, column, begin, first, SPECS[k], BLOCK)
-            g = tl.where(per_row(numbers, 0, rows.to(tl.int64), row, there) != 0, g, 0.0)
+            g = tl.where(per_row(numbers, 0, wide(rows), row, there) != 0, g, 0.0)
             g, gathering = gathered(gathering, g, along, e, vectors, column, inside, HOW, SUMS)
             tl.store(at, g.to(data.dtype.element_ty), mask=here)
         store_sums(gathering, sums, group, column, inside, columns, vectors, 1.0, SUMS)

@@ -29,6 +29,12 @@ from .words import (
 
 
 @triton.jit
+def wide(number):
+    """A number as int64, also where the compiler or the interpreter knows it as a plain integer."""
+    return tl.full([], 0, tl.int64) + number
+
+
+@triton.jit
 def scores_of(a, vectors, softcap, scale, column, inside, HOW: tl.constexpr):
     """z = class_scale · scale · cap(a + bias) + class_shift, dz/da and cap(a + bias), all fp32.
 

@@ -26,6 +26,13 @@ from .words import (
 )
 
 
+@triton.constexpr_function
+def width_of(SPEC):
+    """Numbers of state to a row, of a statistic that is a sum over columns."""
+    kind = SPEC[KIND.value]
+    return 3 if kind in (EXPECTATION.value, MOMENTS.value) else 2 if kind in (LOGSUMEXP.value, SUM_OF.value) else 1
+
+
 @triton.jit
 def value_of(z, v, row, SPEC: tl.constexpr):
     """v_j of EXPECTATION, (R, B)."""

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .elementwise import exp
 from .extremes import loaded_list, store_list, with_block
-from .scores import operand_of, row_parameter, scores_of, seen_by
+from .scores import operand_of, row_parameter, scores_of, seen_by, wide
 from .states import finished, identity, loaded, merged, raised, store, updated
 from .words import AT, AT_STRIDE, COUNT, EXTREME, FACTOR, KIND, PARAMETER, SCORE, SLOTS, STATE
 
@@ -87,7 +87,7 @@ def store_all(states, arguments, partial, part, parts, row, rows, there, SPLIT: 
         elif SPECS[k][KIND] != SCORE:
             mine = finished(states[k], SPECS[k])
             if SPLIT:
-                store(partial, (k * parts + part).to(tl.int64) * 3 * rows + row, there, rows, mine)
+                store(partial, wide(k * parts + part) * 3 * rows + row, there, rows, mine)
             else:
                 at = row * len(mine)
                 store(state, at, there, 1, merged(loaded(state, at, there, 1, SPECS[k]), mine, SPECS[k]))
@@ -121,7 +121,7 @@ def statistics(data, stride, rows, columns, first, vectors, softcap, scale, argu
         a = tl.load(at, mask=there[:, None] & inside[None, :], other=-float("inf")).to(tl.float32)
         z, _, _ = scores_of(a, vectors, softcap, scale, column, inside, HOW)
         states = update_all(states, z, arguments, row, there, column, inside, first, columns, keep, keep_stride,
-                            shift + (begin // step).to(tl.int64) * shift_stride, KEEP, SPECS)  # fmt: skip
+                            shift + wide(begin // step) * shift_stride, KEEP, SPECS)  # fmt: skip
     store_all(states, arguments, partial, part, tl.num_programs(1), row, rows, there, SPLIT, SPECS)
 
 
@@ -135,6 +135,6 @@ def merge_parts(partial, parts, rows, arguments, SPECS: tl.constexpr, R: tl.cons
             width: tl.constexpr = len(identity(SPECS[k], R))
             state = loaded(arguments[k][STATE], row * width, there, 1, SPECS[k])
             for part in range(parts):
-                at = (k * parts + part).to(tl.int64) * 3 * rows + row
+                at = wide(k * parts + part) * 3 * rows + row
                 state = merged(state, loaded(partial, at, there, rows, SPECS[k]), SPECS[k])
             store(arguments[k][STATE], row * width, there, 1, state)

@@ -133,3 +133,29 @@ def gradient_of_exponentials(
 ) -> None:
     """∂L/∂a in place of kept.data. The statistics are one LogSumExp of factor 1, and Scores; `tile.data` is not read."""
     _launcher().gradient_of_exponentials(tile, kept, stats, states, coefficients, sums)
+
+
+# --- GEMM and statistics in one --------------------------------------------------------------------------------------
+
+# Columns to each row of `Exponentials.shift` that `linear_statistics` keeps: those that one program multiplies at once.
+LINEAR_KEPT_COLUMNS = 128
+
+
+def fuses(stats: Sequence[Statistic], tile: Tile) -> bool:
+    """Whether `linear_statistics` takes these: not lists of extremes, nor scores at more than a few columns."""
+    return _launcher().fuses(stats, tile)
+
+
+def linear_statistics(
+    x: Tensor,
+    weight: Tensor,
+    tile: Tile,
+    stats: Sequence[Statistic],
+    states: Sequence[Tensor],
+    keep: Exponentials | None = None,
+) -> None:
+    """`statistics` of the scores x (n, D) @ weight (m, D)ᵀ, which are never in memory; `tile.data` is not read.
+
+    With `keep` (of LINEAR_KEPT_COLUMNS columns to a shift), exponentials are all that is written.
+    """
+    _launcher().linear_statistics(x, weight, tile, stats, states, keep)

@@ -12,14 +12,18 @@ from torch import Tensor
 
 from .. import statistics as S
 from ..kernels import gradient as gradient_kernels
+from ..kernels import matmul as matmul_kernels
 from ..kernels import statistics as statistics_kernels
 from ..kernels import words as W
 from .tile import Exponentials, Sums, Tile
-from .triton import interpreted
+from .triton import LINEAR_KEPT_COLUMNS, interpreted
 
 BLOCK = 4096  # scores in registers of one program, at most
+SUMS_BLOCK = 2048  # the same where sums over rows are kept in registers too
 SMALLEST = 64  # columns of a block, at least
 MOST_KEPT = 16384  # columns to a row of `Exponentials.shift`, at most
+LINEAR_ROWS, LINEAR_COLUMNS = 128, LINEAR_KEPT_COLUMNS  # scores in the accumulators of one program
+MOST_PICKED = 8  # columns of a Score that are looked for in each such block
 PROGRAMS = 1024  # enough to fill a GPU: below it, columns are split over programs too
 GROUPS = 256  # groups of rows that sums over rows are first taken of: a row of fp32 scratch for each
 PREPARED_ROWS = 128  # rows to a program of the kernels that look at states alone
@@ -150,14 +154,17 @@ class Shape:
     part_columns: int
 
 
-def shape_of(rows: int, columns: int, step: int | None = None, whole_rows: bool = False, groups: int = 0) -> Shape:
-    """`step`: columns that belong together; `whole_rows`: one program walks all columns; `groups`: of rows, if given."""
-    step = max(1, min(columns, BLOCK if step is None else step))
+def shape_of(
+    rows: int, columns: int, step: int = BLOCK, whole_rows: bool = False, groups: int = 0, scores: int = BLOCK
+) -> Shape:
+    """`step`: columns that belong together; `whole_rows`: one program walks all columns; `groups`: of rows, if given;
+    `scores`: in registers of one program."""
+    step = max(1, min(columns, step))
     if step > MOST_KEPT:
         raise ValueError(f"fusedloss: triton: {step} columns to one shift of exponentials; at most {MOST_KEPT}")
     block = max(SMALLEST, triton.next_power_of_2(step))
     # Few rows are spread over programs rather than put side by side in one.
-    r = min(max(1, BLOCK // block), 16, triton.next_power_of_2(max(1, rows // PROGRAMS)))
+    r = min(max(1, scores // block), 16, triton.next_power_of_2(max(1, rows // PROGRAMS)))
     steps = -(-max(1, columns) // step)
     wanted = -(-PROGRAMS // max(1, groups or -(-rows // r)))
     per_part = steps if whole_rows else -(-steps // min(steps, max(1, wanted)))
@@ -186,34 +193,90 @@ def statistics_launches(tile, stats, states, keep=None) -> Iterator[Launch]:
     way, how = _way(tile, data)
     kept = -1 if keep is None else [isinstance(s, S.LogSumExp) and s.factor == 1.0 for s in stats].index(True)
     whole = any(isinstance(s, S.Extreme) for s in stats) or (keep is not None and overlap(keep.data, data))
-    shape = shape_of(rows, columns, None if keep is None else keep.block, whole)
-    summed = any(not isinstance(s, (S.Score, S.Extreme)) for s in stats)
+    shape = shape_of(rows, columns, BLOCK if keep is None else keep.block, whole)
     split = shape.parts > 1
-    partial = states[0]
-    if split:
-        partial = torch.empty(len(stats), shape.parts, 3, rows, dtype=torch.float64, device=data.device)
+    partial = _partial(stats, states, shape.parts, rows)
     yield Launch(
         statistics_kernels.statistics,
         (triton.cdiv(rows, shape.r), shape.parts),
         dict(
             **dict(data=data, stride=data.stride(0), rows=rows, columns=columns, first=tile.first, **way),
             **dict(arguments=arguments, partial=partial),
-            keep=data if keep is None else keep.data,
-            keep_stride=0 if keep is None else keep.data.stride(0),
-            shift=data if keep is None else keep.shift,
-            shift_stride=0 if keep is None else keep.shift.stride(0),
+            **_kept(keep, data),
             **dict(step=shape.step, part_columns=shape.part_columns),
         ),
         dict(SPECS=specs, HOW=how, KEEP=kept, SPLIT=split, R=shape.r, BLOCK=shape.block),
     )
-    if split and summed:
+    yield from _merging(stats, specs, arguments, partial, shape.parts, rows)
+
+
+def _partial(stats, states, parts: int, rows: int) -> Tensor:
+    """States of parts of the columns; a stand-in where there is one part."""
+    if parts == 1:
+        return states[0]
+    return torch.empty(len(stats), parts, 3, rows, dtype=torch.float64, device=states[0].device)
+
+
+def _merging(stats, specs, arguments, partial, parts: int, rows: int) -> Iterator[Launch]:
+    if parts > 1 and any(not isinstance(s, (S.Score, S.Extreme)) for s in stats):
         yield Launch(
             statistics_kernels.merge_parts,
             (triton.cdiv(rows, PREPARED_ROWS),),
-            dict(partial=partial, parts=shape.parts, rows=rows, arguments=arguments),
+            dict(partial=partial, parts=parts, rows=rows, arguments=arguments),
             dict(SPECS=specs, R=PREPARED_ROWS),
             warps=4,
         )
+
+
+def _kept(keep: Exponentials | None, stand_in: Tensor) -> dict:
+    if keep is None:
+        return dict(keep=stand_in, keep_stride=0, shift=stand_in, shift_stride=0)
+    return dict(
+        keep=keep.data, keep_stride=keep.data.stride(0), shift=keep.shift, shift_stride=keep.shift.stride(0)
+    )
+
+
+# --- statistics of a product -------------------------------------------------------------------------------------------
+
+
+def fuses(stats: Sequence[S.Statistic], tile: Tile) -> bool:
+    return all(not isinstance(s, S.Extreme) and not (isinstance(s, S.Score) and s.width > MOST_PICKED) for s in stats)
+
+
+def linear_statistics(x: Tensor, weight: Tensor, tile: Tile, stats, states, keep: Exponentials | None) -> None:
+    run(linear_launches(x, weight, tile, stats, states, keep), x.device)
+
+
+def linear_launches(x, weight, tile, stats, states, keep=None, hip=torch.version.hip is not None) -> Iterator[Launch]:
+    (rows, depth), columns = x.shape, weight.shape[0]
+    if not fuses(stats, tile):
+        raise ValueError("fusedloss: triton: these statistics cannot be taken out of a product; ask `fuses` first")
+    if keep is not None and keep.block != LINEAR_COLUMNS:
+        raise ValueError(f"fusedloss: triton: keep.block: expected {LINEAR_COLUMNS}, got {keep.block}")
+    if rows == 0 or columns == 0 or not stats:
+        return
+    assert x.stride(1) == 1 and weight.stride(1) == 1 and x.dtype == weight.dtype
+    specs, arguments = describe_all(stats, states)
+    way, how = _way(tile, x)
+    kept = -1 if keep is None else [isinstance(s, S.LogSumExp) and s.factor == 1.0 for s in stats].index(True)
+    bm, bn, bk = LINEAR_ROWS, LINEAR_COLUMNS, 128 // x.element_size()
+    row_blocks, steps = triton.cdiv(rows, bm), triton.cdiv(columns, bn)
+    per_part = triton.cdiv(steps, min(steps, triton.cdiv(PROGRAMS, row_blocks)))
+    parts = triton.cdiv(steps, per_part)
+    partial = _partial(stats, states, parts, rows)
+    yield Launch(
+        matmul_kernels.linear_statistics,
+        (row_blocks, parts),
+        dict(
+            **dict(x=x, x_stride=x.stride(0), weight=weight, weight_stride=weight.stride(0)),
+            **dict(rows=rows, columns=columns, depth=depth, first=tile.first, **way),
+            **dict(arguments=arguments, partial=partial, **_kept(keep, x), part_columns=per_part * bn),
+        ),
+        dict(SPECS=specs, HOW=how, KEEP=kept, SPLIT=parts > 1, EVEN=depth % bk == 0, UPCAST=interpreted(), BM=bm,
+             BN=bn, BK=bk),
+        stages=2 if hip else 4,
+    )  # fmt: skip
+    yield from _merging(stats, specs, arguments, partial, parts, rows)
 
 
 # --- gradient --------------------------------------------------------------------------------------------------------
@@ -285,9 +348,10 @@ def gradient_launches(tile, out, stats, states, coefficients, column_sums: _Colu
     numbers, launch = _numbers(specs, arguments, rows, data.device)
     yield launch
     narrowing = overlap(out, data) and out.dtype != data.dtype
-    r = shape_of(rows, columns).r
+    step = SUMS_BLOCK if any(column_sums.asked) else BLOCK
+    r = shape_of(rows, columns, step, scores=step).r
     groups, each = column_sums.groups(r)
-    shape = replace(shape_of(rows, columns, None, narrowing, groups), r=r)
+    shape = replace(shape_of(rows, columns, step, narrowing, groups), r=r)
     yield Launch(
         gradient_kernels.gradient,
         (groups, shape.parts),
@@ -319,18 +383,21 @@ def exponentials_launches(tile, kept, stats, states, coefficients, column_sums: 
     way, how = _way(tile, data)
     numbers, launch = _numbers(specs, arguments, rows, data.device)
     yield launch
-    r = shape_of(rows, columns, kept.block).r
+    scores = SUMS_BLOCK if any(column_sums.asked) else BLOCK
+    fine = kept.block < min(columns, scores)
+    step = scores if fine else kept.block
+    r = shape_of(rows, columns, step, scores=scores).r
     groups, each = column_sums.groups(r)
-    shape = replace(shape_of(rows, columns, kept.block, False, groups), r=r)
+    shape = replace(shape_of(rows, columns, step, False, groups), r=r)
     yield Launch(
         gradient_kernels.gradient_of_exponentials,
         (groups, shape.parts),
         dict(
             **dict(data=data, stride=data.stride(0), shift=kept.shift, shift_stride=kept.shift.stride(0)),
-            **dict(rows=rows, columns=columns, first=tile.first, step=shape.step),
+            **dict(shift_columns=kept.block, rows=rows, columns=columns, first=tile.first, step=shape.step),
             **dict(vectors=way["vectors"], scale=way["scale"], arguments=arguments, numbers=numbers),
             **dict(sums=column_sums.scratch(groups, shape.parts, data), group_rows=each),
             part_columns=shape.part_columns,
         ),
-        dict(SPECS=specs, HOW=how, SUMS=column_sums.asked, R=r, BLOCK=shape.block),
+        dict(SPECS=specs, HOW=how, SUMS=column_sums.asked, FINE=fine, R=r, BLOCK=shape.block),
     )
