@@ -13,20 +13,28 @@ from .words import AT, AT_STRIDE, COUNT, KIND, SCORE, STATE
 
 
 @triton.jit
-def product(x, x_stride, weight, weight_stride, row, column, depth, BM: tl.constexpr, BN: tl.constexpr,
-            BK: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
-    """x[row] · weight[column]ᵀ, (BM, BN) fp32. Operands keep their type up to the product, for the matrix units' sake;
-    only the interpreter, whose half-precision products are wrong, gets them as fp32."""
+def product(x, x_stride, weight, weight_stride, begin_row, begin, rows, columns, depth, BM: tl.constexpr,
+            BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """x[row] · weight[column]ᵀ of BM rows from `begin_row` and BN classes from `begin` on, fp32.
+
+    Operands keep their type up to the product, for the matrix units' sake; only the interpreter, whose half-precision
+    products are wrong, gets them as fp32. Addresses are one 64-bit number and 32-bit offsets, for the registers' sake.
+    """
     depths = tl.arange(0, BK)
-    left = x + row[:, None] * x_stride + depths[None, :]
-    right = weight + column[None, :] * weight_stride + depths[:, None]
+    # Rows and classes beyond the last are the last once more: their products are thrown away.
+    row = tl.minimum(tl.arange(0, BM), (rows - 1 - begin_row).to(tl.int32))
+    column = tl.minimum(tl.arange(0, BN), columns - 1 - begin)
+    left = x + begin_row * x_stride
+    right = weight + wide(begin) * weight_stride
+    at_left = row[:, None] * x_stride + depths[None, :]
+    at_right = column[None, :] * weight_stride + depths[:, None]
     sums = tl.zeros([BM, BN], tl.float32)
     for k in range(0, depth, BK):
         if EVEN:
-            a, b = tl.load(left), tl.load(right)
+            a, b = tl.load(left + at_left), tl.load(right + at_right)
         else:
-            a = tl.load(left, mask=(depths < depth - k)[None, :], other=0.0)
-            b = tl.load(right, mask=(depths < depth - k)[:, None], other=0.0)
+            a = tl.load(left + at_left, mask=(depths < depth - k)[None, :], other=0.0)
+            b = tl.load(right + at_right, mask=(depths < depth - k)[:, None], other=0.0)
         if UPCAST:
             a, b = a.to(tl.float32), b.to(tl.float32)
         sums = tl.dot(a, b, sums, input_precision="ieee")
@@ -57,23 +65,26 @@ def linear_statistics(x, x_stride, weight, weight_stride, rows, columns, depth, 
                       EVEN: tl.constexpr, UPCAST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                       BK: tl.constexpr):  # fmt: skip
     """Merge the scores x Wᵀ into the states of the rows; the statistic KEEP (−1: none) leaves its exponentials, with a
-    shift for every BN columns. Part p of the grid's second axis takes `part_columns` classes, a multiple of BN."""
-    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    shift for every BN / 2 columns. Part p of the grid's second axis takes `part_columns` classes, a multiple of BN."""
+    begin_row = tl.program_id(0).to(tl.int64) * BM
+    row = begin_row + tl.arange(0, BM)
     there = row < rows
     part = tl.program_id(1)
     states = start(arguments, row, there, SPECS, BM)
     end = tl.minimum(columns, (part + 1) * part_columns)
     for begin in range(part * part_columns, end, BN):
-        column = begin + tl.arange(0, BN)
-        inside = column < end
-        # Rows and classes beyond the last are the last once more: their products are thrown away.
-        a = product(x, x_stride, weight, weight_stride, tl.minimum(row, rows - 1),
-                    tl.minimum(column, columns - 1).to(tl.int64), depth, BM, BN, BK, EVEN, UPCAST)  # fmt: skip
-        a = tl.where(there[:, None] & inside[None, :], a, -float("inf"))
-        z, _, _ = scores_of(a, vectors, softcap, scale, column, inside, HOW)
-        for k in tl.static_range(len(SPECS)):
-            if SPECS[k][KIND] == SCORE:
-                pick_from_block(z, row, there, column, begin, first, arguments[k], SPECS[k], BN)
-        states = update_all(states, z, arguments, row, there, column, inside, first, columns, keep, keep_stride,
-                            shift + wide(begin // BN) * shift_stride, KEEP, SPECS)  # fmt: skip
+        a = product(x, x_stride, weight, weight_stride, begin_row, begin, rows, columns, depth, BM, BN, BK, EVEN, UPCAST)
+        # Half of the accumulators at a time: what is made of them needs registers too.
+        halves = tl.split(tl.permute(tl.reshape(a, [BM, 2, BN // 2]), [0, 2, 1]))
+        for half in tl.static_range(2):
+            start_column = begin + half * (BN // 2)
+            column = start_column + tl.arange(0, BN // 2)
+            inside = column < end
+            a = tl.where(inside[None, :], halves[half], -float("inf"))
+            z, _, _ = scores_of(a, vectors, softcap, scale, column, inside, HOW)
+            for k in tl.static_range(len(SPECS)):
+                if SPECS[k][KIND] == SCORE:
+                    pick_from_block(z, row, there, column, start_column, first, arguments[k], SPECS[k], BN // 2)
+            states = update_all(states, z, arguments, row, there, column, inside, first, columns, keep, keep_stride,
+                                shift + wide(start_column // (BN // 2)) * shift_stride, KEEP, SPECS)  # fmt: skip
     store_all(states, arguments, partial, part, tl.num_programs(1), row, rows, there, SPLIT, SPECS)

@@ -60,7 +60,8 @@ def scores_of(a, vectors, softcap, scale, column, inside, HOW: tl.constexpr):
     z = z * slope
     if HOW[CLASS_SHIFT]:
         z += tl.load(vectors[2] + column, mask=inside, other=0.0)[None, :]
-    z = tl.where(masked, -float("inf"), z)
+    if HOW[SOFTCAP] or HOW[SCALE] != NONE or HOW[CLASS_SCALE]:
+        z = tl.where(masked, -float("inf"), z)
     return z, along, tl.where(z == -float("inf"), 0.0, cap)
 
 

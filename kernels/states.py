@@ -90,15 +90,15 @@ def chan(a, b):
 def updated(state, z, v, seen, row, factor, parameter, SPEC: tl.constexpr):
     """The state with the scores z (R, B), where `seen`, merged into it; v and row broadcast to z's shape."""
     if SPEC[KIND] == LOGSUMEXP:
-        x = factor * z
-        new, pivot, keep = raised(state[0], tl.max(tl.where(seen, x, -float("inf")), 1))
-        return (new, state[1] * keep + total(exp(x - pivot[:, None]), seen))
+        x = tl.where(seen, factor * z, -float("inf"))  # what is not seen adds 0 to the sum: no mask is kept for it
+        new, pivot, keep = raised(state[0], tl.max(x, 1))
+        return (new, state[1] * keep + tl.sum(exp(x - pivot[:, None]), 1).to(tl.float64))
     elif SPEC[KIND] == EXPECTATION:
-        x = factor * z
-        new, pivot, keep = raised(state[0], tl.max(tl.where(seen, x, -float("inf")), 1))
+        x = tl.where(seen, factor * z, -float("inf"))
+        new, pivot, keep = raised(state[0], tl.max(x, 1))
         weight = exp(x - pivot[:, None])
         mean = total(weight * value_of(z, v, row, SPEC), seen)
-        return (new, state[1] * keep + total(weight, seen), state[2] * keep + mean)
+        return (new, state[1] * keep + tl.sum(weight, 1).to(tl.float64), state[2] * keep + mean)
     elif SPEC[KIND] == SUM:
         return (state[0] + total(v * z, seen),)
     elif SPEC[KIND] == MASS:

@@ -43,9 +43,10 @@ def pick_scores(data, stride, row, there, first, columns, vectors, softcap, scal
 @triton.jit
 def kept_block(state, z, seen, row, there, column, inside, keep, keep_stride, shift):
     """LOGSUMEXP of factor 1 that keeps its exponentials, relative to this block's maximum."""
-    top = tl.max(tl.where(seen, z, -float("inf")), 1)
+    z = tl.where(seen, z, -float("inf"))
+    top = tl.max(z, 1)
     pivot = tl.where(top == -float("inf"), 0.0, top)
-    e = tl.where(seen, exp(z - pivot[:, None]), 0.0)
+    e = exp(z - pivot[:, None])
     tl.store(shift + row, pivot, mask=there)
     # May overwrite the tile, as far as this block and those to the left of it. It is safe: every value stored depends
     # on `top`, which no thread has before all threads' loads of this block are in it.

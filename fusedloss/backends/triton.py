@@ -137,8 +137,8 @@ def gradient_of_exponentials(
 
 # --- GEMM and statistics in one --------------------------------------------------------------------------------------
 
-# Columns to each row of `Exponentials.shift` that `linear_statistics` keeps: those that one program multiplies at once.
-LINEAR_KEPT_COLUMNS = 128
+# Columns to each row of `Exponentials.shift` that `linear_statistics` keeps: half of what one program multiplies at once.
+LINEAR_KEPT_COLUMNS = 64
 
 
 def fuses(stats: Sequence[Statistic], tile: Tile) -> bool:

@@ -22,7 +22,8 @@ BLOCK = 4096  # scores in registers of one program, at most
 SUMS_BLOCK = 2048  # the same where sums over rows are kept in registers too
 SMALLEST = 64  # columns of a block, at least
 MOST_KEPT = 16384  # columns to a row of `Exponentials.shift`, at most
-LINEAR_ROWS, LINEAR_COLUMNS = 128, LINEAR_KEPT_COLUMNS  # scores in the accumulators of one program
+LINEAR_ROWS, LINEAR_COLUMNS = 128, 2 * LINEAR_KEPT_COLUMNS  # scores in the accumulators of one program
+LIGHT = (S.LogSumExp, S.Score, S.Sum, S.Mass)  # statistics whose arithmetic leaves registers for that many
 MOST_PICKED = 8  # columns of a Score that are looked for in each such block
 PROGRAMS = 1024  # enough to fill a GPU: below it, columns are split over programs too
 GROUPS = 256  # groups of rows that sums over rows are first taken of: a row of fp32 scratch for each
@@ -251,15 +252,19 @@ def linear_launches(x, weight, tile, stats, states, keep=None, hip=torch.version
     (rows, depth), columns = x.shape, weight.shape[0]
     if not fuses(stats, tile):
         raise ValueError("fusedloss: triton: these statistics cannot be taken out of a product; ask `fuses` first")
-    if keep is not None and keep.block != LINEAR_COLUMNS:
-        raise ValueError(f"fusedloss: triton: keep.block: expected {LINEAR_COLUMNS}, got {keep.block}")
+    light = len(stats) <= 4 and all(isinstance(s, LIGHT) for s in stats)
+    if keep is not None and (keep.block != LINEAR_KEPT_COLUMNS or not light):
+        raise ValueError(
+            f"fusedloss: triton: exponentials of a product are kept with a shift for every {LINEAR_KEPT_COLUMNS} "
+            f"columns, beside scores and masses; got {keep.block} columns, {[type(s).__name__ for s in stats]}"
+        )
     if rows == 0 or columns == 0 or not stats:
         return
     assert x.stride(1) == 1 and weight.stride(1) == 1 and x.dtype == weight.dtype
     specs, arguments = describe_all(stats, states)
     way, how = _way(tile, x)
     kept = -1 if keep is None else [isinstance(s, S.LogSumExp) and s.factor == 1.0 for s in stats].index(True)
-    bm, bn, bk = LINEAR_ROWS, LINEAR_COLUMNS, 128 // x.element_size()
+    bm, bn, bk = LINEAR_ROWS, LINEAR_COLUMNS if light else LINEAR_COLUMNS // 2, 128 // x.element_size()
     row_blocks, steps = triton.cdiv(rows, bm), triton.cdiv(columns, bn)
     per_part = triton.cdiv(steps, min(steps, triton.cdiv(PROGRAMS, row_blocks)))
     parts = triton.cdiv(steps, per_part)
