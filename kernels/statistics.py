@@ -47,7 +47,8 @@ def kept_block(state, z, seen, row, there, column, inside, keep, keep_stride, sh
     top = tl.max(z, 1)
     pivot = tl.where(top == -float("inf"), 0.0, top)
     e = exp(z - pivot[:, None])
-    tl.store(shift + row, pivot, mask=there)
+    some = tl.max(inside.to(tl.int32), 0)  # a block may lie beyond the last column, and has no shift then
+    tl.store(shift + row, pivot, mask=there.to(tl.int32) * some > 0)
     # May overwrite the tile, as far as this block and those to the left of it. It is safe: every value stored depends
     # on `top`, which no thread has before all threads' loads of this block are in it.
     at = keep + row[:, None] * keep_stride + column[None, :]
