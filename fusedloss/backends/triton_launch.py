@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -155,11 +155,9 @@ class Shape:
     part_columns: int
 
 
-def shape_of(
-    rows: int, columns: int, step: int = BLOCK, whole_rows: bool = False, groups: int = 0, scores: int = BLOCK
-) -> Shape:
-    """`step`: columns that belong together; `whole_rows`: one program walks all columns; `groups`: of rows, if given;
-    `scores`: in registers of one program."""
+def shape_of(rows: int, columns: int, step: int, scores: int, whole_rows: bool = False, groups: int = 0) -> Shape:
+    """`step`: columns that belong together; `scores`: most in registers of one program; `whole_rows`: one program walks
+    all columns; `groups`: of rows, if given."""
     step = max(1, min(columns, step))
     if step > MOST_KEPT:
         raise ValueError(f"fusedloss: triton: {step} columns to one shift of exponentials; at most {MOST_KEPT}")
@@ -194,7 +192,7 @@ def statistics_launches(tile, stats, states, keep=None) -> Iterator[Launch]:
     way, how = _way(tile, data)
     kept = -1 if keep is None else [isinstance(s, S.LogSumExp) and s.factor == 1.0 for s in stats].index(True)
     whole = any(isinstance(s, S.Extreme) for s in stats) or (keep is not None and overlap(keep.data, data))
-    shape = shape_of(rows, columns, BLOCK if keep is None else keep.block, whole)
+    shape = shape_of(rows, columns, BLOCK if keep is None else keep.block, BLOCK, whole)
     split = shape.parts > 1
     partial = _partial(stats, states, shape.parts, rows)
     yield Launch(
@@ -353,10 +351,10 @@ def gradient_launches(tile, out, stats, states, coefficients, column_sums: _Colu
     numbers, launch = _numbers(specs, arguments, rows, data.device)
     yield launch
     narrowing = overlap(out, data) and out.dtype != data.dtype
-    step = SUMS_BLOCK if any(column_sums.asked) else BLOCK
-    r = shape_of(rows, columns, step, scores=step).r
+    scores = SUMS_BLOCK if any(column_sums.asked) else BLOCK
+    r = shape_of(rows, columns, scores, scores).r
     groups, each = column_sums.groups(r)
-    shape = replace(shape_of(rows, columns, step, narrowing, groups), r=r)
+    shape = shape_of(rows, columns, scores, scores, narrowing, groups)
     yield Launch(
         gradient_kernels.gradient,
         (groups, shape.parts),
@@ -391,9 +389,9 @@ def exponentials_launches(tile, kept, stats, states, coefficients, column_sums: 
     scores = SUMS_BLOCK if any(column_sums.asked) else BLOCK
     fine = kept.block < min(columns, scores)
     step = scores if fine else kept.block
-    r = shape_of(rows, columns, step, scores=scores).r
+    r = shape_of(rows, columns, step, scores).r
     groups, each = column_sums.groups(r)
-    shape = replace(shape_of(rows, columns, step, False, groups), r=r)
+    shape = shape_of(rows, columns, step, scores, False, groups)
     yield Launch(
         gradient_kernels.gradient_of_exponentials,
         (groups, shape.parts),
