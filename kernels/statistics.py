@@ -6,7 +6,7 @@ import triton.language as tl
 from .elementwise import exp
 from .extremes import loaded_list, store_list, with_block
 from .scores import operand_of, row_parameter, scores_of, seen_by, wide
-from .states import finished, identity, loaded, merged, raised, store, updated
+from .states import finished, identity, loaded, merged, raised, store, updated, width_of
 from .words import AT, AT_STRIDE, COUNT, EXTREME, FACTOR, KIND, PARAMETER, SCORE, SLOTS, STATE
 
 
@@ -128,15 +128,18 @@ def statistics(data, stride, rows, columns, first, vectors, softcap, scale, argu
 
 
 @triton.jit
+def merge_parts_of(partial, k, parts, rows, row, there, into, SPEC: tl.constexpr):
+    at = row * width_of(SPEC)
+    state = loaded(into, at, there, 1, SPEC)
+    for part in range(parts):
+        state = merged(state, loaded(partial, wide(k * parts + part) * 3 * rows + row, there, rows, SPEC), SPEC)
+    store(into, at, there, 1, state)
+
+
+@triton.jit
 def merge_parts(partial, parts, rows, arguments, SPECS: tl.constexpr, R: tl.constexpr):
     """The states of parts of the columns, merged from left to right into the states proper."""
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
-    there = row < rows
     for k in tl.static_range(len(SPECS)):
         if SPECS[k][KIND] != SCORE and SPECS[k][KIND] != EXTREME:
-            width: tl.constexpr = len(identity(SPECS[k], R))
-            state = loaded(arguments[k][STATE], row * width, there, 1, SPECS[k])
-            for part in range(parts):
-                at = wide(k * parts + part) * 3 * rows + row
-                state = merged(state, loaded(partial, at, there, rows, SPECS[k]), SPECS[k])
-            store(arguments[k][STATE], row * width, there, 1, state)
+            merge_parts_of(partial, k, parts, rows, row, row < rows, arguments[k][STATE], SPECS[k])
