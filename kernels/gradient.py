@@ -9,11 +9,9 @@ import triton
 import triton.language as tl
 
 from .elementwise import exp
-from .scores import operand_of, row_parameter, scores_of, seen_by, wide
+from .scores import operand_of, row_parameter, scores_of, seen_by, wanted, wide
 from .states import derivative, slope, width_of
 from .words import (
-    AT,
-    AT_STRIDE,
     CLASS_SCALE,
     COEFFICIENT,
     COUNT,
@@ -71,7 +69,7 @@ def derivatives(arguments, out, rows, SPECS: tl.constexpr, R: tl.constexpr):
                 one = tl.load(argument[COEFFICIENT] + row * SPECS[k][COUNT] + c, mask=there, other=0.0)
                 active = active | (one != 0).to(tl.int32)
         elif SPECS[k][KIND] != MASS:
-            active, found = derivative_in(argument, row, there, active, SPECS[k])
+            active, found = derivative_in(argument, row, there, active, tl.constexpr(SPECS[k]))
             for i in tl.static_range(4):
                 tl.store(out + (1 + 4 * k + i) * wide(rows) + row, found[i], mask=there)
     tl.store(out + row, active.to(tl.float32), mask=there)
@@ -91,7 +89,7 @@ def add_picked(g, argument, row, there, column, begin, first, SPEC: tl.constexpr
             at = argument[STATE] + row * (2 * SPEC[COUNT]) + SPEC[COUNT] + c
             place = tl.load(at, mask=there, other=-1.0).to(tl.int64)
         else:
-            place = tl.load(argument[AT] + row * argument[AT_STRIDE] + c, mask=there, other=-1)
+            place = tl.load(wanted(argument, row, SPEC) + c, mask=there, other=-1)
         place = tl.where(place >= 0, place - first - begin, -1)
         here = (place >= 0) & (place < BLOCK)
         if tl.max(here.to(tl.int32), 0) > 0:
@@ -171,16 +169,16 @@ def slopes(z, arguments, numbers, rows, row, there, column, inside, begin, first
     for k in tl.static_range(len(SPECS)):
         argument = arguments[k]
         if SPECS[k][KIND] == SCORE or SPECS[k][KIND] == EXTREME:
-            g = add_picked(g, argument, row, there, column, begin, first, SPECS[k], BLOCK)
+            g = add_picked(g, argument, row, there, column, begin, first, tl.constexpr(SPECS[k]), BLOCK)
         elif SPECS[k][KIND] != MASS:
             weight = per_row(numbers, 1 + 4 * k, rows, row, there)
             center = per_row(numbers, 2 + 4 * k, rows, row, there)
             offset = per_row(numbers, 3 + 4 * k, rows, row, there)
             level = per_row(numbers, 4 + 4 * k, rows, row, there)
-            v = operand_of(z, argument, row, there, column, inside, SPECS[k])
-            r = row_parameter(argument, row, there, SPECS[k])
-            one = slope(z, v, r, argument[FACTOR], argument[PARAMETER], weight, center, offset, level, SPECS[k])
-            g += tl.where(seen_by(z, argument, row, there, column, first, columns, SPECS[k]), one, 0.0)
+            v = operand_of(z, argument, row, there, column, inside, tl.constexpr(SPECS[k]))
+            r = row_parameter(argument, row, there, tl.constexpr(SPECS[k]))
+            one = slope(z, v, r, argument[FACTOR], argument[PARAMETER], weight, center, offset, level, tl.constexpr(SPECS[k]))
+            g += tl.where(seen_by(z, argument, row, there, column, first, columns, tl.constexpr(SPECS[k])), one, 0.0)
     active = per_row(numbers, 0, rows, row, there) != 0
     return tl.where(active & (z != -float("inf")), g, 0.0)
 
@@ -258,7 +256,7 @@ def gradient_of_exponentials(data, stride, shift, shift_stride, shift_columns, r
                     g += tl.where(e == 0, 0.0, e * factor)
             for k in tl.static_range(len(SPECS)):
                 if SPECS[k][KIND] == SCORE:
-                    g = add_picked(g, arguments[k], row, there, column, begin, first, SPECS[k], BLOCK)
+                    g = add_picked(g, arguments[k], row, there, column, begin, first, tl.constexpr(SPECS[k]), BLOCK)
             g = tl.where(per_row(numbers, 0, wide(rows), row, there) != 0, g, 0.0)
             g, gathering = gathered(gathering, g, along, e, vectors, column, inside, HOW, SUMS)
             tl.store(at, g.to(data.dtype.element_ty), mask=here)

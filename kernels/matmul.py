@@ -7,9 +7,9 @@ that W is read from main memory once; x stays in the second-level cache.
 import triton
 import triton.language as tl
 
-from .scores import scores_of, wide
+from .scores import scores_of, wanted, wide
 from .statistics import start, store_all, update_all
-from .words import AT, AT_STRIDE, COUNT, KIND, SCORE, STATE
+from .words import COUNT, KIND, SCORE, STATE
 
 
 @triton.jit
@@ -47,7 +47,7 @@ def product(x, x_stride, weight, weight_stride, begin_row, begin, rows, columns,
 def pick_from_block(z, row, there, column, begin, first, argument, SPEC: tl.constexpr, BN: tl.constexpr):
     """SCORE: each wanted column is in one block of one program, so its state is merged into at once."""
     for c in range(SPEC[COUNT]):
-        place = tl.load(argument[AT] + row * argument[AT_STRIDE] + c, mask=there, other=-1)
+        place = tl.load(wanted(argument, row, SPEC) + c, mask=there, other=-1)
         place = tl.where(place >= 0, place - first - begin, -1)
         here = there & (place >= 0) & (place < BN)
         if tl.max(here.to(tl.int32), 0) > 0:
@@ -84,7 +84,7 @@ def linear_statistics(x, x_stride, weight, weight_stride, rows, columns, depth, 
             z, _, _ = scores_of(a, vectors, softcap, scale, column, inside, HOW)
             for k in tl.static_range(len(SPECS)):
                 if SPECS[k][KIND] == SCORE:
-                    pick_from_block(z, row, there, column, start_column, first, arguments[k], SPECS[k], BN // 2)
+                    pick_from_block(z, row, there, column, start_column, first, arguments[k], tl.constexpr(SPECS[k]), BN // 2)
             states = update_all(states, z, arguments, row, there, column, inside, first, columns, keep, keep_stride,
                                 shift + wide(start_column // (BN // 2)) * shift_stride, KEEP, SPECS)  # fmt: skip
     store_all(states, arguments, partial, part, tl.num_programs(1), row, rows, there, SPLIT, SPECS)

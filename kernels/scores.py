@@ -8,10 +8,12 @@ import triton.language as tl
 
 from .elementwise import tanh_and_slope
 from .words import (
+    AT,
     BIAS,
     CLASS_SCALE,
     CLASS_SHIFT,
     COLUMN_LEFT_OUT,
+    COUNT,
     MATRIX,
     MEMORY,
     NONE,
@@ -21,6 +23,7 @@ from .words import (
     REST,
     ROW,
     SCALE,
+    SHARED,
     SOFTCAP,
     VALUES,
     VALUES_STRIDE,
@@ -63,6 +66,15 @@ def scores_of(a, vectors, softcap, scale, column, inside, HOW: tl.constexpr):
     if HOW[SOFTCAP] or HOW[SCALE] != NONE or HOW[CLASS_SCALE]:
         z = tl.where(masked, -float("inf"), z)
     return z, along, tl.where(z == -float("inf"), 0.0, cap)
+
+
+@triton.jit
+def wanted(argument, row, SPEC: tl.constexpr):
+    """Where the columns lie that SCORE wants of each row."""
+    if SPEC[SHARED]:
+        return argument[AT] + row * 0
+    else:
+        return argument[AT] + row * SPEC[COUNT]
 
 
 @triton.jit

@@ -5,9 +5,9 @@ import triton.language as tl
 
 from .elementwise import exp
 from .extremes import loaded_list, store_list, with_block
-from .scores import operand_of, row_parameter, scores_of, seen_by, wide
+from .scores import operand_of, row_parameter, scores_of, seen_by, wanted, wide
 from .states import finished, identity, loaded, merged, raised, store, updated, width_of
-from .words import AT, AT_STRIDE, COUNT, EXTREME, FACTOR, KIND, PARAMETER, SCORE, SLOTS, STATE
+from .words import COUNT, EXTREME, FACTOR, KIND, PARAMETER, SCORE, SLOTS, STATE
 
 
 @triton.jit
@@ -16,10 +16,10 @@ def start(arguments, row, there, SPECS: tl.constexpr, R: tl.constexpr):
     states = ()
     for k in tl.static_range(len(SPECS)):
         if SPECS[k][KIND] == EXTREME:
-            entries = loaded_list(arguments[k][STATE], row, there, arguments[k][FACTOR], SPECS[k])
+            entries = loaded_list(arguments[k][STATE], row, there, arguments[k][FACTOR], tl.constexpr(SPECS[k]))
             states = states + ((entries,),)
         else:
-            states = states + (identity(SPECS[k], R),)
+            states = states + (identity(tl.constexpr(SPECS[k]), R),)
     return states
 
 
@@ -29,7 +29,7 @@ def pick_scores(data, stride, row, there, first, columns, vectors, softcap, scal
     """SCORE: fetched from where they lie in the tile; each has one place, so its state is merged into at once."""
     slot = tl.arange(0, SPEC[SLOTS])
     here = there[:, None] & (slot < SPEC[COUNT])[None, :]
-    place = tl.load(argument[AT] + row[:, None] * argument[AT_STRIDE] + slot[None, :], mask=here, other=-1) - first
+    place = tl.load(wanted(argument, row, SPEC)[:, None] + slot[None, :], mask=here, other=-1) - first
     here = here & (place >= 0) & (place < columns)
     a = tl.load(data + row[:, None] * stride + place, mask=here, other=0.0).to(tl.float32)
     flat_place, flat_here = tl.reshape(place, [R * SPEC[SLOTS]]), tl.reshape(here, [R * SPEC[SLOTS]])
@@ -66,15 +66,15 @@ def update_all(states, z, arguments, row, there, column, inside, first, columns,
         one = states[k]
         argument = arguments[k]
         if SPECS[k][KIND] != SCORE:
-            seen = seen_by(z, argument, row, there, column, first, columns, SPECS[k])
+            seen = seen_by(z, argument, row, there, column, first, columns, tl.constexpr(SPECS[k]))
             if k == KEEP:
                 one = kept_block(one, z, seen, row, there, column, inside, keep, keep_stride, shift)
             elif SPECS[k][KIND] == EXTREME:
-                one = (with_block(one[0], z, seen, first + column, argument[FACTOR], SPECS[k]),)
+                one = (with_block(one[0], z, seen, first + column, argument[FACTOR], tl.constexpr(SPECS[k])),)
             else:
-                v = operand_of(z, argument, row, there, column, inside, SPECS[k])
-                r = row_parameter(argument, row, there, SPECS[k])
-                one = updated(one, z, v, seen, r, argument[FACTOR], argument[PARAMETER], SPECS[k])
+                v = operand_of(z, argument, row, there, column, inside, tl.constexpr(SPECS[k]))
+                r = row_parameter(argument, row, there, tl.constexpr(SPECS[k]))
+                one = updated(one, z, v, seen, r, argument[FACTOR], argument[PARAMETER], tl.constexpr(SPECS[k]))
         result = result + (one,)
     return result
 
@@ -85,14 +85,14 @@ def store_all(states, arguments, partial, part, parts, row, rows, there, SPLIT: 
     for k in tl.static_range(len(SPECS)):
         state = arguments[k][STATE]
         if SPECS[k][KIND] == EXTREME:
-            store_list(state, row, there, states[k][0], arguments[k][FACTOR], SPECS[k])
+            store_list(state, row, there, states[k][0], arguments[k][FACTOR], tl.constexpr(SPECS[k]))
         elif SPECS[k][KIND] != SCORE:
-            mine = finished(states[k], SPECS[k])
+            mine = finished(states[k], tl.constexpr(SPECS[k]))
             if SPLIT:
                 store(partial, wide(k * parts + part) * 3 * rows + row, there, rows, mine)
             else:
                 at = row * len(mine)
-                store(state, at, there, 1, merged(loaded(state, at, there, 1, SPECS[k]), mine, SPECS[k]))
+                store(state, at, there, 1, merged(loaded(state, at, there, 1, tl.constexpr(SPECS[k])), mine, tl.constexpr(SPECS[k])))
 
 
 @triton.jit
@@ -111,7 +111,7 @@ def statistics(data, stride, rows, columns, first, vectors, softcap, scale, argu
         for k in tl.static_range(len(SPECS)):
             if SPECS[k][KIND] == SCORE:
                 pick_scores(data, stride, row, there, first, columns, vectors, softcap, scale, arguments[k], HOW,
-                            SPECS[k], R)  # fmt: skip
+                            tl.constexpr(SPECS[k]), R)  # fmt: skip
     if KEEP >= 0:
         tl.debug_barrier()  # what was picked may be overwritten from here on
     states = start(arguments, row, there, SPECS, R)
@@ -142,4 +142,4 @@ def merge_parts(partial, parts, rows, arguments, SPECS: tl.constexpr, R: tl.cons
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     for k in tl.static_range(len(SPECS)):
         if SPECS[k][KIND] != SCORE and SPECS[k][KIND] != EXTREME:
-            merge_parts_of(partial, k, parts, rows, row, row < rows, arguments[k][STATE], SPECS[k])
+            merge_parts_of(partial, k, parts, rows, row, row < rows, arguments[k][STATE], tl.constexpr(SPECS[k]))

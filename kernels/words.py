@@ -10,6 +10,7 @@ OPERAND = tl.constexpr(3)  # NONE, VECTOR or MATRIX
 ROW = tl.constexpr(4)  # 1: there is a row parameter
 COUNT = tl.constexpr(5)  # columns wanted (SCORE), k (EXTREME), else 1
 SLOTS = tl.constexpr(6)  # the next power of two
+SHARED = tl.constexpr(7)  # 1: the columns wanted are the same for all rows
 
 # A statistic's arguments are a tuple; these are its places.
 STATE = tl.constexpr(0)
@@ -17,11 +18,10 @@ COLUMN_LEFT_OUT = tl.constexpr(1)  # (rows,) int64
 VALUES = tl.constexpr(2)  # the operand
 VALUES_STRIDE = tl.constexpr(3)
 PARAMETER_OF_ROW = tl.constexpr(4)  # (rows,) fp32
-AT = tl.constexpr(5)  # SCORE: the wanted columns, int64
-AT_STRIDE = tl.constexpr(6)
-FACTOR = tl.constexpr(7)
-PARAMETER = tl.constexpr(8)
-COEFFICIENT = tl.constexpr(9)  # ∂L/∂value, (rows, outputs)
+AT = tl.constexpr(5)  # SCORE: the wanted columns, int64, (rows, COUNT) or SHARED (COUNT,)
+FACTOR = tl.constexpr(6)
+PARAMETER = tl.constexpr(7)
+COEFFICIENT = tl.constexpr(8)  # ∂L/∂value, (rows, outputs)
 
 # KIND                                state (float64 per row; merged into, so it starts from the identity)
 SCORE = tl.constexpr(0)  # [COUNT]    z at the wanted columns

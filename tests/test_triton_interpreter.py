@@ -301,6 +301,19 @@ if engine.interpreted():
         coefficients = [torch.ones(3, 1), torch.ones(3, 1)]
         engine.gradient(Tile(z), out, stats[:2], states[:2], coefficients, Sums(largest=largest))
         assert out[:2].isnan().any(1).all() and out[2].isfinite().all() and largest[70].isnan()
+        for c in coefficients:  # a row without coefficients has gradient 0 whatever its scores are
+            c[:2] = 0
+        engine.gradient(Tile(z), out, stats[:2], states[:2], coefficients, Sums())
+        assert (out[:2] == 0).all() and (out[2] != 0).all()
+
+    def test_a_wanted_score_of_minus_infinity_has_no_gradient():
+        z, out, at = torch.randn(2, 9), torch.empty(2, 9), torch.tensor([4, 8])
+        z[0, 4] = -INF
+        state = torch.zeros(2, 1, dtype=torch.float64)
+        engine.statistics(Tile(z), [Score(at)], [state])
+        assert state[0, 0] == -INF and state[1, 0] == z[1, 8]
+        engine.gradient(Tile(z), out, [Score(at)], [state], [torch.ones(2, 1)], Sums())
+        assert (out[0] == 0).all() and out[1].tolist() == [0.0] * 8 + [1.0]
 
     @pytest.mark.parametrize("shape", [(0, 7), (4, 0), (1, 1)])
     def test_no_rows_no_columns_one_of_each(shape):

@@ -66,8 +66,8 @@ _FUNCTIONS = {"softplus": W.SOFTPLUS, "sigmoid": W.SIGMOID, "hinge": W.HINGE, "s
 
 def _score(s: S.Score) -> dict:
     at = s.at if s.columns is None else s.columns
-    stride = 0 if s.at is None else s.width
-    return {"kind": W.SCORE, "count": s.width, "at": at.to(torch.int64).contiguous(), "at_stride": stride}
+    shared = int(s.columns is not None)
+    return {"kind": W.SCORE, "count": s.width, "at": at.to(torch.int64).contiguous(), "shared": shared}
 
 
 def _expectation(s: S.Expectation) -> dict:
@@ -96,9 +96,14 @@ _FIELDS = {
 
 def _operand(tensor: Tensor | None) -> Tensor | None:
     """A class vector in fp32, or a matrix that is read where it lies, in any type whose rows are contiguous."""
-    if tensor is None or (tensor.dim() == 2 and tensor.stride(1) == 1 and tensor.dtype != torch.float64):
-        return tensor
-    return tensor.to(torch.float32).contiguous()
+    if tensor is None:
+        return None
+    if tensor.dim() == 1 or tensor.stride(1) != 1 or tensor.dtype == torch.float64:
+        tensor = tensor.to(torch.float32).contiguous()
+    if tensor.dim() == 2 and tensor.stride(0) == 1:
+        # A number 1 in a tuple of arguments becomes a constant, which triton 3.6 cannot hand to another function.
+        tensor = torch.cat([tensor, tensor], 1)[:, : tensor.shape[1]]
+    return tensor
 
 
 def describe(s: S.Statistic, state: Tensor, coefficient: Tensor | None = None) -> tuple[tuple, tuple]:
@@ -110,12 +115,12 @@ def describe(s: S.Statistic, state: Tensor, coefficient: Tensor | None = None) -
     count = given.get("count", 1)
     rest = state if where is None else where.column.to(torch.int64).contiguous()
     spec = (given["kind"].value, given.get("function", W.NONE).value, int(where is not None), form.value,
-            int(row is not None), count, triton.next_power_of_2(count))  # fmt: skip
+            int(row is not None), count, triton.next_power_of_2(count), given.get("shared", 0))  # fmt: skip
     arguments = (
         *(state, rest, state if operand is None else operand),
         operand.stride(0) if form == W.MATRIX else 0,
         state if row is None else row.to(torch.float32).contiguous(),
-        *(given.get("at", state), given.get("at_stride", 0)),
+        given.get("at", state),
         *(float(given.get("factor", 1.0)), float(given.get("parameter", 0.0))),
         state if coefficient is None else coefficient.to(torch.float32).contiguous(),
     )
