@@ -327,6 +327,31 @@ if engine.interpreted():
             close(stats[0].value(states[0]), z)
             close(out, torch.full_like(z, 3.0))  # lse, mean, max
 
+    def test_rows_that_are_overwritten_have_one_program(monkeypatch):
+        """The interpreter runs one program after another: a race would not show."""
+        walking(monkeypatch, "split")
+        z, lse, top = torch.randn(3, 999), LogSumExp(), Max()
+        states = [s.identity(3, "cpu") for s in (lse, top)]
+        none = triton_launch._ColumnSums(Sums(), 3, 999, z.device)
+
+        def parts(launches):
+            return max(launch.grid[1] for launch in launches if len(launch.grid) == 2)
+
+        def kept(data):
+            return Exponentials(data, torch.empty(16, 3), 64)
+
+        def statistics(stats, keep=None):
+            return parts(triton_launch.statistics_launches(Tile(z), stats, states[: len(stats)], keep))
+
+        def gradient(out):
+            return parts(triton_launch.gradient_launches(Tile(z), out, [lse], states[:1], [torch.ones(3, 1)], none))
+
+        assert statistics([lse]) > 1 and statistics([lse], kept(torch.empty(3, 999))) > 1
+        assert statistics([lse, top]) == 1  # its list is not merged
+        assert statistics([lse], kept(z.view(torch.bfloat16)[:, :999])) == 1
+        assert gradient(torch.empty(3, 999)) > 1 and gradient(z) > 1  # in place in the same type: nothing moves
+        assert gradient(z.view(torch.float16)[:, :999]) == 1
+
     def test_same_bits_each_time():
         results = []
         for _ in range(2):
