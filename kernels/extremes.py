@@ -33,7 +33,7 @@ def column_of(entries):
 
 @triton.jit
 def loaded_list(state, row, there, factor, SPEC: tl.constexpr):
-    """(R, slots) entries in no order. Empty ones are below every entry and all different; slots past the count hold nothing."""
+    """(R, slots) entries in no order: empty ones below all others and all different, slots past the count unused."""
     slot = tl.arange(0, SPEC[SLOTS])
     at = state + row[:, None] * (2 * SPEC[COUNT]) + slot[None, :]
     used = there[:, None] & (slot < SPEC[COUNT])[None, :]

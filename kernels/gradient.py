@@ -177,7 +177,8 @@ def slopes(z, arguments, numbers, rows, row, there, column, inside, begin, first
             level = per_row(numbers, 4 + 4 * k, rows, row, there)
             v = operand_of(z, argument, row, there, column, inside, tl.constexpr(SPECS[k]))
             r = row_parameter(argument, row, there, tl.constexpr(SPECS[k]))
-            one = slope(z, v, r, argument[FACTOR], argument[PARAMETER], weight, center, offset, level, tl.constexpr(SPECS[k]))
+            one = slope(z, v, r, argument[FACTOR], argument[PARAMETER], weight, center, offset, level,
+                        tl.constexpr(SPECS[k]))  # fmt: skip
             g += tl.where(seen_by(z, argument, row, there, column, first, columns, tl.constexpr(SPECS[k])), one, 0.0)
     active = per_row(numbers, 0, rows, row, there) != 0
     return tl.where(active & (z != -float("inf")), g, 0.0)
@@ -185,8 +186,8 @@ def slopes(z, arguments, numbers, rows, row, there, column, inside, begin, first
 
 @triton.jit
 def gradient(data, stride, out, out_stride, rows, columns, first, vectors, softcap, scale, arguments, numbers, sums,
-             group_rows, part_columns,
-             SPECS: tl.constexpr, HOW: tl.constexpr, SUMS: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+             group_rows, part_columns, SPECS: tl.constexpr, HOW: tl.constexpr, SUMS: tl.constexpr, R: tl.constexpr,
+             BLOCK: tl.constexpr):  # fmt: skip
     """out = ∂L/∂a for one group of rows in one part of the columns. `numbers` is what `derivatives` made.
 
     `out` may lie in the tile's memory with a narrower type: then its block of columns covers blocks of the tile from
@@ -219,12 +220,13 @@ def gradient(data, stride, out, out_stride, rows, columns, first, vectors, softc
 
 
 @triton.jit
-def gradient_of_exponentials(data, stride, shift, shift_stride, shift_columns, rows, columns, first, step, vectors, scale, arguments,
-                             numbers, sums, group_rows, part_columns,
+def gradient_of_exponentials(data, stride, shift, shift_stride, shift_columns, rows, columns, first, step, vectors,
+                             scale, arguments, numbers, sums, group_rows, part_columns,
                              SPECS: tl.constexpr, HOW: tl.constexpr, SUMS: tl.constexpr, FINE: tl.constexpr,
                              R: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """∂L/∂a in place of exponentials that LOGSUMEXP kept. A row of `shift` is for `shift_columns` columns; `step` ≤ BLOCK
-    columns at a time have one of them, or, where it is FINE, each its own."""
+    """∂L/∂a in place of exponentials that LOGSUMEXP kept, `step` ≤ BLOCK columns at a time.
+
+    A row of `shift` is for `shift_columns` columns: a block has one of them, or, where they are FINE, several."""
     group, part = tl.program_id(0), tl.program_id(1)
     end = tl.minimum(columns, (part + 1) * part_columns)
     for begin in range(part * part_columns, end, step):

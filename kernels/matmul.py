@@ -73,7 +73,8 @@ def linear_statistics(x, x_stride, weight, weight_stride, rows, columns, depth, 
     states = start(arguments, row, there, SPECS, BM)
     end = tl.minimum(columns, (part + 1) * part_columns)
     for begin in range(part * part_columns, end, BN):
-        a = product(x, x_stride, weight, weight_stride, begin_row, begin, rows, columns, depth, BM, BN, BK, EVEN, UPCAST)
+        a = product(x, x_stride, weight, weight_stride, begin_row, begin, rows, columns, depth, BM, BN, BK, EVEN,
+                    UPCAST)  # fmt: skip
         # Half of the accumulators at a time: what is made of them needs registers too.
         halves = tl.split(tl.permute(tl.reshape(a, [BM, 2, BN // 2]), [0, 2, 1]))
         for half in tl.static_range(2):
@@ -84,7 +85,8 @@ def linear_statistics(x, x_stride, weight, weight_stride, rows, columns, depth, 
             z, _, _ = scores_of(a, vectors, softcap, scale, column, inside, HOW)
             for k in tl.static_range(len(SPECS)):
                 if SPECS[k][KIND] == SCORE:
-                    pick_from_block(z, row, there, column, start_column, first, arguments[k], tl.constexpr(SPECS[k]), BN // 2)
+                    pick_from_block(z, row, there, column, start_column, first, arguments[k], tl.constexpr(SPECS[k]),
+                                    BN // 2)  # fmt: skip
             states = update_all(states, z, arguments, row, there, column, inside, first, columns, keep, keep_stride,
                                 shift + wide(start_column // (BN // 2)) * shift_stride, KEEP, SPECS)  # fmt: skip
     store_all(states, arguments, partial, part, tl.num_programs(1), row, rows, there, SPLIT, SPECS)

@@ -159,7 +159,7 @@ def merged(a, b, SPEC: tl.constexpr):
 
 @triton.jit
 def loaded(state, at, there, pitch, SPEC: tl.constexpr):
-    """A finished state from memory: number i of row `at` lies at state + at + i · pitch. The identity where not `there`."""
+    """A finished state from memory: number i lies at state + at + i · pitch. The identity where not `there`."""
     low = 0.0
     if SPEC[KIND] == LOGSUMEXP or SPEC[KIND] == EXPECTATION:
         low = -float("inf")

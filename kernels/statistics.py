@@ -92,7 +92,8 @@ def store_all(states, arguments, partial, part, parts, row, rows, there, SPLIT: 
                 store(partial, wide(k * parts + part) * 3 * rows + row, there, rows, mine)
             else:
                 at = row * len(mine)
-                store(state, at, there, 1, merged(loaded(state, at, there, 1, tl.constexpr(SPECS[k])), mine, tl.constexpr(SPECS[k])))
+                before = loaded(state, at, there, 1, tl.constexpr(SPECS[k]))
+                store(state, at, there, 1, merged(before, mine, tl.constexpr(SPECS[k])))
 
 
 @triton.jit

@@ -211,7 +211,10 @@ if engine.interpreted():
         check(gradients(Tile(buffer[:, :classes]), exact, several(rows, classes), out, sums), dtype)
         assert dtype != torch.float32 or buffer[:, classes:].isnan().all()
 
-    @each_walk_with("dtype, block", [(torch.bfloat16, 64), (torch.float16, 90), (torch.float32, 64), (torch.bfloat16, 1 << 10)])
+    @each_walk_with(
+        "dtype, block",
+        [(torch.bfloat16, 64), (torch.float16, 90), (torch.float32, 64), (torch.bfloat16, 1 << 10)],
+    )
     def test_kept_exponentials(walk, dtype, block):
         """In the tile's own memory, rounded: the gradient is the one that the scores give."""
         rows, classes = 9, 333
@@ -235,7 +238,10 @@ if engine.interpreted():
         engine.gradient_of_exponentials(replace(tile, data=None), kept, stats, states, coefficients, Sums(**got_sums))
         size = truth.abs().max().item()
         torch.testing.assert_close(
-            kept.data.double(), truth, rtol=3 * ROUNDING[dtype] + 1e-5, atol=4e-6 * size + 1e-7 * (dtype == torch.float16)
+            kept.data.double(),
+            truth,
+            rtol=3 * ROUNDING[dtype] + 1e-5,
+            atol=4e-6 * size + 1e-7 * (dtype == torch.float16),
         )
         assert (kept.data[1] == 0).all() and (kept.data[:, :5][z[:, :5] == -INF] == 0).all()
         for name, got in got_sums.items():

@@ -26,7 +26,13 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-NAMES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64"}
+NAMES = {
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+}
 
 
 def signature_of(value, path, constants, attributes):
@@ -80,7 +86,7 @@ def takes(kernel) -> dict:
 
 
 def launches(hip: bool):
-    """(title, launch) of the kernels at the sizes of a large language model's last layer. Nothing here is ever touched."""
+    """(title, launch) of the kernels at the sizes of a large language model's last layer. No memory is ever touched."""
     rows, columns, depth = 4096, 32768, 4096
     vector, scale = torch.empty(columns), torch.empty(())
     buffer, ids = torch.empty(rows, columns), torch.zeros(rows, dtype=torch.int64)

@@ -131,13 +131,13 @@ def gradient_of_exponentials(
     coefficients: Sequence[Tensor],
     sums: Sums,
 ) -> None:
-    """∂L/∂a in place of kept.data. The statistics are one LogSumExp of factor 1, and Scores; `tile.data` is not read."""
+    """∂L/∂a in place of kept.data. The statistics are one LogSumExp of factor 1, and Scores; `tile.data` is unread."""
     _launcher().gradient_of_exponentials(tile, kept, stats, states, coefficients, sums)
 
 
 # --- GEMM and statistics in one --------------------------------------------------------------------------------------
 
-# Columns to each row of `Exponentials.shift` that `linear_statistics` keeps: half of what one program multiplies at once.
+# Columns to each row of `Exponentials.shift` that `linear_statistics` keeps: half of a program's block.
 LINEAR_KEPT_COLUMNS = 64
 
 

@@ -43,7 +43,7 @@ class Launch:
 
     @property
     def options(self) -> dict:
-        # FP fusion is what the elementary functions expect of a device, and its default is not the same in all versions.
+        # FP fusion is what the elementary functions expect of a device; its default differs between versions.
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
     def run(self) -> None:
@@ -235,12 +235,10 @@ def _merging(stats, specs, arguments, partial, parts: int, rows: int) -> Iterato
 def _kept(keep: Exponentials | None, stand_in: Tensor) -> dict:
     if keep is None:
         return dict(keep=stand_in, keep_stride=0, shift=stand_in, shift_stride=0)
-    return dict(
-        keep=keep.data, keep_stride=keep.data.stride(0), shift=keep.shift, shift_stride=keep.shift.stride(0)
-    )
+    return dict(keep=keep.data, keep_stride=keep.data.stride(0), shift=keep.shift, shift_stride=keep.shift.stride(0))
 
 
-# --- statistics of a product -------------------------------------------------------------------------------------------
+# --- statistics of a product -----------------------------------------------------------------------------------------
 
 
 def fuses(stats: Sequence[S.Statistic], tile: Tile) -> bool:
