@@ -1,7 +1,7 @@
 """How far each way is from float64 truth: writes the table of docs/numerics.md.
 
-    python bench/accuracy.py            # writes it
-    python bench/accuracy.py --print    # shows it
+python bench/accuracy.py            # writes it
+python bench/accuracy.py --print    # shows it
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from harness import OURS, Call
 from torch import Tensor
 
 import fusedloss as fl
-from fusedloss.schedule import Plan
+from fusedloss.plan import Plan
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Shape = tuple[int, int, int]  # N, D, V

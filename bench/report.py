@@ -1,6 +1,6 @@
 """Writes the tables of docs/performance.md from rows that the suite recorded; of a case measured twice, the later.
 
-    python bench/report.py bench/results/*.csv
+python bench/report.py bench/results/*.csv
 """
 
 from __future__ import annotations

@@ -41,11 +41,12 @@ fl_statistic make_statistic(int32_t kind, int32_t where, int32_t function, int32
                             double parameter, uintptr_t rest, uintptr_t at, int64_t at_stride, uintptr_t operand,
                             int64_t operand_stride, int32_t operand_dtype, uintptr_t row, uintptr_t state,
                             uintptr_t coefficient, uintptr_t keep, int64_t keep_stride, int32_t keep_dtype,
-                            uintptr_t keep_shift) {
+                            int64_t keep_block, uintptr_t keep_shift) {
   fl_statistic s{};
   s.keep = pointer<void>(keep);
   s.keep_stride = keep_stride;
   s.keep_dtype = keep_dtype;
+  s.keep_block = keep_block;
   s.keep_shift = pointer<float>(keep_shift);
   s.kind = kind;
   s.where = where;
@@ -98,6 +99,48 @@ void gradient_of_exponentials(const fl_tile& tile, const std::vector<fl_statisti
   raise_if(status);
 }
 
+void take_columns(uintptr_t data, int64_t rows, int64_t stride, int32_t dtype, uintptr_t columns, int64_t count) {
+  int status;
+  {
+    py::gil_scoped_release released;
+    status = fl_take_columns(pointer<void>(data), rows, stride, dtype, pointer<const int64_t>(columns), count);
+  }
+  raise_if(status);
+}
+
+// The struct itself, for a library that has the same C surface and is loaded in another way.
+template <class Struct>
+py::bytes bytes_of(const Struct& s) { return py::bytes(reinterpret_cast<const char*>(&s), sizeof s); }
+
+// ---- CUDA: they only launch, which is not worth giving the interpreter away for --------------------------------------
+
+int64_t cuda_statistics_workspace(const fl_tile& tile, const std::vector<fl_statistic>& wanted) {
+  return fl_cuda_statistics_workspace(&tile, wanted.data(), (int32_t)wanted.size());
+}
+
+void cuda_statistics(const fl_tile& tile, const std::vector<fl_statistic>& wanted, uintptr_t workspace, int64_t bytes,
+                     uintptr_t stream) {
+  raise_if(fl_cuda_statistics(&tile, wanted.data(), (int32_t)wanted.size(), pointer<void>(workspace), bytes,
+                              pointer<void>(stream)));
+}
+
+int64_t cuda_gradient_workspace(const fl_tile& tile, const std::vector<fl_statistic>& wanted, const fl_sums* sums) {
+  return fl_cuda_gradient_workspace(&tile, wanted.data(), (int32_t)wanted.size(), sums);
+}
+
+void cuda_gradient(const fl_tile& tile, uintptr_t out, int64_t out_stride, int32_t out_dtype,
+                   const std::vector<fl_statistic>& wanted, const fl_sums* sums, uintptr_t workspace, int64_t bytes,
+                   uintptr_t stream) {
+  raise_if(fl_cuda_gradient(&tile, pointer<void>(out), out_stride, out_dtype, wanted.data(), (int32_t)wanted.size(), sums,
+                            pointer<void>(workspace), bytes, pointer<void>(stream)));
+}
+
+void cuda_gradient_of_exponentials(const fl_tile& tile, const std::vector<fl_statistic>& wanted, const fl_sums* sums,
+                                   uintptr_t workspace, int64_t bytes, uintptr_t stream) {
+  raise_if(fl_cuda_gradient_of_exponentials(&tile, wanted.data(), (int32_t)wanted.size(), sums, pointer<void>(workspace),
+                                            bytes, pointer<void>(stream)));
+}
+
 int gemm(int64_t m, int64_t n, int64_t k, uintptr_t a, int64_t a_row, int64_t a_column, uintptr_t b, int64_t b_row,
          int64_t b_column, uintptr_t c, int64_t c_row, int32_t dtype, bool accumulate) {
   py::gil_scoped_release released;
@@ -113,35 +156,50 @@ PYBIND11_MODULE(_native, m) {
   py::class_<fl_tile>(m, "Tile").def(
       py::init(&make_tile), py::kw_only(), py::arg("data"), py::arg("rows"), py::arg("columns"), py::arg("stride"),
       py::arg("dtype"), py::arg("first_column") = 0, py::arg("softcap") = 0.0f, py::arg("scale") = 1.0f,
-      py::arg("bias") = 0, py::arg("class_scale") = 0, py::arg("class_shift") = 0);
+      py::arg("bias") = 0, py::arg("class_scale") = 0, py::arg("class_shift") = 0).def("__bytes__", &bytes_of<fl_tile>);
   py::class_<fl_statistic>(m, "Statistic").def(
       py::init(&make_statistic), py::kw_only(), py::arg("kind"), py::arg("where") = (int)FL_ALL, py::arg("function") = 0,
       py::arg("count") = 1, py::arg("factor") = 1.0, py::arg("parameter") = 0.0, py::arg("rest") = 0, py::arg("at") = 0,
       py::arg("at_stride") = 1, py::arg("operand") = 0, py::arg("operand_stride") = 0,
       py::arg("operand_dtype") = (int)FL_F32, py::arg("row") = 0, py::arg("state") = 0, py::arg("coefficient") = 0,
-      py::arg("keep") = 0, py::arg("keep_stride") = 0, py::arg("keep_dtype") = (int)FL_F32, py::arg("keep_shift") = 0);
+      py::arg("keep") = 0, py::arg("keep_stride") = 0, py::arg("keep_dtype") = (int)FL_F32,
+      py::arg("keep_block") = FL_KEPT_COLUMNS, py::arg("keep_shift") = 0).def("__bytes__", &bytes_of<fl_statistic>);
   py::class_<fl_sums>(m, "Sums").def(py::init(&make_sums), py::kw_only(), py::arg("bias") = 0, py::arg("class_shift") = 0,
-                                     py::arg("class_scale") = 0, py::arg("scale") = 0, py::arg("largest") = 0);
+                                     py::arg("class_scale") = 0, py::arg("scale") = 0, py::arg("largest") = 0)
+      .def("__bytes__", &bytes_of<fl_sums>);
 
   m.def("statistics", &statistics, py::arg("tile"), py::arg("statistics"));
   m.def("gradient", &gradient, py::arg("tile"), py::arg("out"), py::arg("out_stride"), py::arg("out_dtype"),
         py::arg("statistics"), py::arg("sums") = py::none());
   m.def("gradient_of_exponentials", &gradient_of_exponentials, py::arg("tile"), py::arg("statistics"),
         py::arg("sums") = py::none());
+  m.def("take_columns", &take_columns, py::arg("data"), py::arg("rows"), py::arg("stride"), py::arg("dtype"),
+        py::arg("columns"), py::arg("count"));
   m.def("gemm", &gemm, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("a"), py::arg("a_row"), py::arg("a_column"),
         py::arg("b"), py::arg("b_row"), py::arg("b_column"), py::arg("c"), py::arg("c_row"), py::arg("dtype"),
         py::arg("accumulate"), "Nonzero: no kernel for the dtype on this processor, nothing was written.");
   m.def("gemm_available", [](int32_t dtype) { return fl_gemm_available(dtype) != 0; }, py::arg("dtype"));
+  m.def("cuda_compiled", [] { return fl_cuda_compiled() != 0; });
+  m.def("cuda_statistics_workspace", &cuda_statistics_workspace, py::arg("tile"), py::arg("statistics"));
+  m.def("cuda_statistics", &cuda_statistics, py::arg("tile"), py::arg("statistics"), py::arg("workspace"),
+        py::arg("bytes"), py::arg("stream"));
+  m.def("cuda_gradient_workspace", &cuda_gradient_workspace, py::arg("tile"), py::arg("statistics"), py::arg("sums"));
+  m.def("cuda_gradient", &cuda_gradient, py::arg("tile"), py::arg("out"), py::arg("out_stride"), py::arg("out_dtype"),
+        py::arg("statistics"), py::arg("sums"), py::arg("workspace"), py::arg("bytes"), py::arg("stream"));
+  m.def("cuda_gradient_of_exponentials", &cuda_gradient_of_exponentials, py::arg("tile"), py::arg("statistics"),
+        py::arg("sums"), py::arg("workspace"), py::arg("bytes"), py::arg("stream"));
   m.def("isa", [] { return std::string(fl_isa()); });
   m.def("set_isa", [](const char* name) { raise_if(fl_set_isa(name)); }, py::arg("name").none(true));
 
 #define FL_CONSTANT(name) m.attr(#name) = (int)FL_##name;
   FL_CONSTANT(F32) FL_CONSTANT(BF16) FL_CONSTANT(F16)
   FL_CONSTANT(SCORE) FL_CONSTANT(LOGSUMEXP) FL_CONSTANT(SUM) FL_CONSTANT(SUM_OF_SQUARES) FL_CONSTANT(MOMENTS)
-  FL_CONSTANT(EXPECTATION) FL_CONSTANT(SUM_OF) FL_CONSTANT(EXTREME) FL_CONSTANT(MASS)
+  FL_CONSTANT(EXPECTATION) FL_CONSTANT(SUM_OF) FL_CONSTANT(EXTREME) FL_CONSTANT(COUNT)
   FL_CONSTANT(ALL) FL_CONSTANT(REST)
   FL_CONSTANT(V_OPERAND) FL_CONSTANT(V_SCORE) FL_CONSTANT(V_ABSOLUTE) FL_CONSTANT(V_SQUARE)
   FL_CONSTANT(F_SOFTPLUS) FL_CONSTANT(F_SIGMOID) FL_CONSTANT(F_HINGE) FL_CONSTANT(F_SQUARED_HINGE) FL_CONSTANT(F_FOCAL)
 #undef FL_CONSTANT
   m.attr("KEPT_COLUMNS") = FL_KEPT_COLUMNS;
+  m.attr("CUDA_KEPT_COLUMNS") = FL_CUDA_KEPT_COLUMNS;
+  m.attr("CUDA_STATISTICS") = FL_CUDA_STATISTICS;
 }

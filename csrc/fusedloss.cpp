@@ -6,28 +6,22 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstdarg>
-#include <cstdio>
 #include <cstring>
 #include <new>
 #include <vector>
 
+#include "arguments.h"
 #include "row_kernels.h"
 
 namespace {
 
 using fl::ColumnSums;
 using fl::RowKernels;
+using fl::check;
+using fl::fail;
+using fl::is_dtype;
 
-thread_local char error_text[256];
-
-int fail(const char* format, ...) {
-  va_list arguments;
-  va_start(arguments, format);
-  std::vsnprintf(error_text, sizeof error_text, format, arguments);
-  va_end(arguments);
-  return 1;
-}
+constexpr fl::Abilities able = {fl::most_statistics, FL_KEPT_COLUMNS, 1};
 
 // ---- instruction sets ----------------------------------------------------------------------------------------------
 
@@ -59,66 +53,6 @@ const RowKernels* kernels_in_use() {
   const RowKernels* kernels = chosen.load(std::memory_order_relaxed);
   if (!kernels) chosen.store(kernels = best(), std::memory_order_relaxed);
   return kernels;
-}
-
-// ---- checks --------------------------------------------------------------------------------------------------------
-
-bool is_dtype(int32_t dtype) { return dtype == FL_F32 || dtype == FL_BF16 || dtype == FL_F16; }
-
-int check_tile(const fl_tile* t) {
-  if (!t) return fail("tile is null");
-  if (t->rows < 0 || t->columns < 0)
-    return fail("tile has %lld rows and %lld columns", (long long)t->rows, (long long)t->columns);
-  if (!t->data && t->rows > 0 && t->columns > 0) return fail("tile data is null");
-  if (!is_dtype(t->dtype)) return fail("tile dtype %d is unknown", t->dtype);
-  if (t->first_column < 0) return fail("tile first_column is %lld, expected >= 0", (long long)t->first_column);
-  if (!(t->softcap >= 0) || std::isinf(t->softcap)) return fail("tile softcap is %g, expected 0 or more", t->softcap);
-  return 0;
-}
-
-int check_statistic(int32_t i, const fl_statistic& k, const fl_tile& t, bool differentiated) {
-  const bool counted = k.kind == FL_SCORE || k.kind == FL_EXTREME, any_rows = t.rows > 0;
-  if (k.kind < FL_SCORE || k.kind > FL_MASS) return fail("statistic %d: kind %d is unknown", i, k.kind);
-  if (k.where != FL_ALL && k.where != FL_REST) return fail("statistic %d: where %d is unknown", i, k.where);
-  if (counted ? k.count < 0 : k.count != 1) return fail("statistic %d: count is %d", i, k.count);
-  if (k.kind == FL_EXPECTATION && (k.function < FL_V_OPERAND || k.function > FL_V_SQUARE))
-    return fail("statistic %d: fl_expectation %d is unknown", i, k.function);
-  if (k.kind == FL_SUM_OF && (k.function < FL_F_SOFTPLUS || k.function > FL_F_FOCAL))
-    return fail("statistic %d: fl_function %d is unknown", i, k.function);
-  if (k.kind == FL_SUM_OF && k.function == FL_F_FOCAL && !(k.parameter >= 0))
-    return fail("statistic %d: the focal exponent is %g, expected >= 0", i, k.parameter);
-  if (k.kind == FL_EXTREME && std::fabs(k.factor) != 1)
-    return fail("statistic %d: the factor of FL_EXTREME is %g, expected 1 or -1", i, k.factor);
-  if (k.kind == FL_EXPECTATION && k.function != FL_V_SCORE && !k.operand && any_rows)
-    return fail("statistic %d: an expectation of an operand has none", i);
-  if (k.operand && !is_dtype(k.operand_dtype))
-    return fail("statistic %d: operand_dtype %d is unknown", i, k.operand_dtype);
-  if (k.kind == FL_SCORE && k.count > 0 && !k.at && any_rows) return fail("statistic %d: FL_SCORE without columns", i);
-  if (k.where == FL_REST && !k.rest && any_rows) return fail("statistic %d: FL_REST without rest", i);
-  if (counted && k.count == 0) return 0;
-  if (!k.state && any_rows) return fail("statistic %d: state is null", i);
-  if (k.keep && !differentiated) {
-    if (k.kind != FL_LOGSUMEXP || k.factor != 1 || t.columns > FL_KEPT_COLUMNS)
-      return fail("statistic %d: only a log-sum-exp of factor 1 over at most %d columns keeps exponentials", i,
-                  FL_KEPT_COLUMNS);
-    if (!is_dtype(k.keep_dtype)) return fail("statistic %d: keep_dtype %d is unknown", i, k.keep_dtype);
-    if (!k.keep_shift) return fail("statistic %d: keep_shift is null", i);
-    if (t.rows > 1 && k.keep_stride < t.columns)
-      return fail("statistic %d: keep_stride %lld is less than the %lld columns", i, (long long)k.keep_stride,
-                  (long long)t.columns);
-  }
-  if (differentiated && !k.coefficient && any_rows && k.kind != FL_MASS) return fail("statistic %d: coefficient is null", i);
-  return 0;
-}
-
-int check(const fl_tile* tile, const fl_statistic* statistics, int32_t count, bool differentiated) {
-  if (int status = check_tile(tile)) return status;
-  if (count < 0 || count > fl::most_statistics)
-    return fail("%d statistics, expected 0 to %d", count, fl::most_statistics);
-  if (count > 0 && !statistics) return fail("statistics is null");
-  for (int32_t i = 0; i < count; ++i)
-    if (int status = check_statistic(i, statistics[i], *tile, differentiated)) return status;
-  return 0;
 }
 
 // ---- threads ---------------------------------------------------------------------------------------------------------
@@ -205,12 +139,17 @@ int split_with_sums(const fl_tile& tile, const fl_sums* sums, const Work& work) 
   return 0;
 }
 
+template <class Bits>
+void take(Bits* row, const int64_t* columns, int64_t count) {
+  for (int64_t j = 0; j < count; ++j) row[j] = row[columns[j]];   // rising: what is read was not yet overwritten
+}
+
 }  // namespace
 
 extern "C" {
 
 int fl_statistics(const fl_tile* tile, const fl_statistic* statistics, int32_t count) {
-  if (int status = check(tile, statistics, count, false)) return status;
+  if (int status = check(tile, statistics, count, false, able)) return status;
   if (tile->rows == 0 || tile->columns == 0 || count == 0) return 0;
   const RowKernels* kernels = kernels_in_use();
   split(tile->rows, threads_for(*tile),
@@ -220,15 +159,9 @@ int fl_statistics(const fl_tile* tile, const fl_statistic* statistics, int32_t c
 
 int fl_gradient(const fl_tile* tile, void* out, int64_t out_stride, int32_t out_dtype, const fl_statistic* statistics,
                 int32_t count, const fl_sums* sums) {
-  if (int status = check(tile, statistics, count, true)) return status;
-  if (!is_dtype(out_dtype)) return fail("out_dtype %d is unknown", out_dtype);
+  if (int status = check(tile, statistics, count, true, able)) return status;
+  if (int status = fl::check_out(*tile, out, out_stride, out_dtype)) return status;
   if (tile->rows == 0 || tile->columns == 0) return 0;
-  if (!out) return fail("out is null");
-  if (tile->rows > 1 && out_stride < tile->columns)
-    return fail("out_stride %lld is less than the %lld columns", (long long)out_stride, (long long)tile->columns);
-  const int64_t in_size = tile->dtype == FL_F32 ? 4 : 2, out_size = out_dtype == FL_F32 ? 4 : 2;
-  if (out == tile->data && (out_size > in_size || (tile->rows > 1 && out_stride * out_size != tile->stride * in_size)))
-    return fail("in place, out must be no wider than the tile, with the same row pitch in bytes");
   return split_with_sums(*tile, sums, [&](const RowKernels& kernels, int64_t first, int64_t end, ColumnSums& own) {
     kernels.gradient(*tile, {out, out_stride, out_dtype}, statistics, count, first, end, own);
   });
@@ -236,21 +169,31 @@ int fl_gradient(const fl_tile* tile, void* out, int64_t out_stride, int32_t out_
 
 int fl_gradient_of_exponentials(const fl_tile* tile, const fl_statistic* statistics, int32_t count,
                                 const fl_sums* sums) {
-  if (int status = check(tile, statistics, count, true)) return status;
-  if (tile->softcap != 0 || (sums && (sums->class_scale || sums->scale)))
-    return fail("exponentials say nothing of a softcap, and give no class_scale and scale sums");
+  if (int status = check(tile, statistics, count, true, able)) return status;
+  if (int status = fl::check_exponentials(*tile, statistics, count, sums)) return status;
   if (tile->rows == 0 || tile->columns == 0) return 0;
-  int kept = 0;
-  for (int32_t i = 0; i < count; ++i) {
-    const fl_statistic& k = statistics[i];
-    kept += k.kind == FL_LOGSUMEXP && k.keep_shift;
-    if (k.kind != FL_LOGSUMEXP && k.kind != FL_SCORE && k.kind != FL_MASS)
-      return fail("statistic %d: kind %d cannot be read off exponentials", i, k.kind);
-  }
-  if (kept != 1) return fail("expected one FL_LOGSUMEXP with its keep_shift, got %d", kept);
+  for (int32_t i = 0; i < count; ++i)
+    if (statistics[i].kind == FL_LOGSUMEXP && statistics[i].keep_block < tile->columns)
+      return fail("statistic %d: keep_block is %lld, but these kernels know one shift for all %lld columns", i,
+                  (long long)statistics[i].keep_block, (long long)tile->columns);
   return split_with_sums(*tile, sums, [&](const RowKernels& kernels, int64_t first, int64_t end, ColumnSums& own) {
     kernels.gradient_of_exponentials(*tile, statistics, count, first, end, own);
   });
+}
+
+int fl_take_columns(void* data, int64_t rows, int64_t stride, int32_t dtype, const int64_t* columns, int64_t count) {
+  if (!is_dtype(dtype)) return fail("dtype %d is unknown", dtype);
+  if (rows <= 0 || count <= 0) return 0;
+  if (!data || !columns) return fail("data or columns is null");
+  fl_tile tile{};
+  tile.rows = rows, tile.columns = count;
+  split(rows, threads_for(tile), [&](int, int64_t first, int64_t end) {
+    for (int64_t row = first; row < end; ++row) {
+      if (dtype == FL_F32) take(static_cast<uint32_t*>(data) + row * stride, columns, count);
+      else take(static_cast<uint16_t*>(data) + row * stride, columns, count);
+    }
+  });
+  return 0;
 }
 
 const char* fl_isa(void) { return kernels_in_use()->name; }
@@ -269,6 +212,6 @@ int fl_set_isa(const char* name) {
   return fail("instruction set \"%s\" is unknown or not built in", name);
 }
 
-const char* fl_error(void) { return error_text; }
+const char* fl_error(void) { return fl::error_text; }
 
 }  // extern "C"

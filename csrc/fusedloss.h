@@ -35,7 +35,7 @@ typedef enum {               // state (doubles per row; merged into, so start fr
   FL_EXTREME = 7,            // [2 count] the `count` largest factor*z (factor = +1: max, -1: min), in falling
                              //   order of factor*z, ties to the lowest column: count scores z, then count columns.
                              //   identity: z = -factor*inf, column = -1
-  FL_MASS = 8,               // [1] sum of operand_j over the columns that count, identity 0; no gradient
+  FL_COUNT = 8,              // [1] columns that count and whose operand_j is not 0, identity 0; no gradient
 } fl_kind;
 
 typedef enum { FL_ALL = 0, FL_REST = 1 } fl_where;   // REST: every column but rest_i. Scores of -inf are always skipped.
@@ -67,10 +67,11 @@ typedef struct {
   int32_t operand_dtype;
   const float* row;                // rows: row parameter, null for 0
   double* state;                   // rows x width, contiguous. fl_gradient reads it finished (all tiles merged).
-  void* keep;                      // FL_LOGSUMEXP of factor 1, fl_statistics on at most FL_KEPT_COLUMNS columns: null, or
-  int64_t keep_stride;             //   where to leave e^{z_ij - keep_shift_i} (0 in columns left out), rows x columns;
-  int32_t keep_dtype;              //   it may be the tile itself. fl_gradient_of_exponentials reads keep_shift.
-  float* keep_shift;               //   rows
+  void* keep;                      // FL_LOGSUMEXP of factor 1, statistics pass: null, or where to leave
+  int64_t keep_stride;             //   e_ij = e^{z_ij - keep_shift[(j / keep_block) * rows + i]} (0 in columns left
+  int32_t keep_dtype;              //   out), rows x columns; it may be the tile itself, also narrower, in place.
+  int64_t keep_block;              // columns (of this tile) to a shift: on the host all of them, at most
+  float* keep_shift;               //   FL_KEPT_COLUMNS; on a device 1 to FL_CUDA_KEPT_COLUMNS
   const float* coefficient;        // fl_gradient: dL/dvalue. FL_SCORE, FL_EXTREME: rows x count. FL_MOMENTS: rows x 2
                                    //   (mean, M2). Others: rows.
 } fl_statistic;
@@ -93,11 +94,35 @@ typedef struct {
 int fl_gradient(const fl_tile* tile, void* out, int64_t out_stride, int32_t out_dtype,
                 const fl_statistic* statistics, int32_t count, const fl_sums* sums);
 
-#define FL_KEPT_COLUMNS 2048
+#define FL_KEPT_COLUMNS 2048        // to a shift, on the host
+#define FL_CUDA_KEPT_COLUMNS 4096   // to a shift, on a device
+#define FL_KEPT_LOGARITHM 16        // exponentials are kept up to e^16; larger ones get a keep_shift of their own
 
 // The same from what FL_LOGSUMEXP kept, in place: tile->data holds e^{z - keep_shift} and becomes dL/da. The statistics
-// are that one, and FL_SCOREs and FL_MASSes; softcap must be 0, class_scale and scale sums are not to be had.
+// are that one, and FL_SCOREs and FL_COUNTs; softcap must be 0, class_scale and scale sums are not to be had.
 int fl_gradient_of_exponentials(const fl_tile* tile, const fl_statistic* statistics, int32_t count, const fl_sums* sums);
+
+// The three primitives on a CUDA device: all pointers but `tile`, `statistics` and `sums` themselves are the device's, `stream`
+// is a cudaStream_t of the current device. They launch and return: nothing is allocated, nothing waits, a stream in
+// capture records them. A pass takes at most FL_CUDA_STATISTICS statistics. What they need beside their arguments the
+// caller allocates: `workspace`, 16-byte aligned, of at least as many bytes as the function beside each one says, free
+// for use again in stream order. No atomics: the same bits each time. fl_cuda_compiled is 0 where the library was built
+// without nvcc; then the calls fail.
+#define FL_CUDA_STATISTICS 8
+int fl_cuda_compiled(void);
+int64_t fl_cuda_statistics_workspace(const fl_tile* tile, const fl_statistic* statistics, int32_t count);
+int fl_cuda_statistics(const fl_tile* tile, const fl_statistic* statistics, int32_t count, void* workspace,
+                       int64_t workspace_bytes, void* stream);
+int64_t fl_cuda_gradient_workspace(const fl_tile* tile, const fl_statistic* statistics, int32_t count,
+                                   const fl_sums* sums);   // of both gradients
+int fl_cuda_gradient(const fl_tile* tile, void* out, int64_t out_stride, int32_t out_dtype,
+                     const fl_statistic* statistics, int32_t count, const fl_sums* sums, void* workspace,
+                     int64_t workspace_bytes, void* stream);
+int fl_cuda_gradient_of_exponentials(const fl_tile* tile, const fl_statistic* statistics, int32_t count,
+                                     const fl_sums* sums, void* workspace, int64_t workspace_bytes, void* stream);
+
+// Of every row of a matrix the `count` columns given (rising), moved to the row's start, in place.
+int fl_take_columns(void* data, int64_t rows, int64_t stride, int32_t dtype, const int64_t* columns, int64_t count);
 
 // C (m x n, fp32, columns contiguous) = A B, or C += A B when accumulate != 0. A is m x k, B is k x n, both of `dtype`;
 // of each operand's two strides one must be 1. Products and sums in fp32. Returns nonzero (use another GEMM) where

@@ -57,7 +57,7 @@ bool picks(const fl_statistic& k) { return k.kind == FL_SCORE || k.kind == FL_EX
 
 // Whether any of a statistic's coefficients in the row is not 0.
 bool is_active(const fl_statistic& k, int64_t row) {
-  if (k.kind == FL_MASS) return false;
+  if (k.kind == FL_COUNT) return false;
   int32_t count = k.count;
   if (!picks(k)) with_statistic<f32>(k, 0, [&](const auto& f) { count = f.coefficients; });
   for (int32_t c = 0; c < count; ++c)

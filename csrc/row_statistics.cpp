@@ -90,17 +90,19 @@ double keep_block(const float* z, int columns, float pivot, void* row) {
   return total;
 }
 
-// FL_LOGSUMEXP that keeps its exponentials: relative to this block's maximum, in the words of the caller.
+// FL_LOGSUMEXP that keeps its exponentials. All blocks of a row share the first one's pivot where they can: the gradient
+// is then one factor per row times what is kept. A float16 holds no number far from 1, there each block has its maximum.
 void push_keeping(const fl_statistic& k, int64_t row, const float* z, int columns, double* state) {
   const double most = block_maximum(z, padded(columns), 1);
-  const float pivot = most == -INFINITY ? 0 : (float)most;
+  const bool shared = k.keep_dtype != FL_F16 && state[0] != -INFINITY && most <= state[0] + FL_KEPT_LOGARITHM;
+  const float pivot = shared ? (float)state[0] : most == -INFINITY ? 0 : (float)most;
   k.keep_shift[row] = pivot;
   void* to = const_cast<void*>(row_of(k.keep, k.keep_dtype, k.keep_stride, row));
   double sum = 0;
   if (k.keep_dtype == FL_F32) sum = keep_block<float>(z, columns, pivot, to);
   if (k.keep_dtype == FL_BF16) sum = keep_block<bf16>(z, columns, pivot, to);
   if (k.keep_dtype == FL_F16) sum = keep_block<f16>(z, columns, pivot, to);
-  const double from[2] = {most, sum};
+  const double from[2] = {pivot, sum};
   if (most != -INFINITY) Exponential<1>::merge(state, from);
 }
 

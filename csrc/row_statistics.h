@@ -7,8 +7,8 @@
 #pragma once
 #include "fusedloss.h"
 
-#if defined(__CUDACC__)
-#define FL_FUNCTION __host__ __device__ __forceinline__
+#if defined(__CUDACC__) || defined(FL_CUDA_ON_HOST)
+#include "device.h"
 #else
 #include "simd.h"
 #define FL_FUNCTION FL_INLINE
@@ -88,9 +88,9 @@ struct Sum : Added<1> {
 };
 
 template <class V>
-struct Mass : Added<1> {
-  FL_FUNCTION Mass(const fl_statistic&, float) {}
-  FL_FUNCTION void phi(V, V v, V, V* term) const { term[0] = v; }
+struct Count : Added<1> {
+  FL_FUNCTION Count(const fl_statistic&, float) {}
+  FL_FUNCTION void phi(V, V v, V, V* term) const { term[0] = select(v == 0.0f, 0.0f, splat<V>(1)); }
   FL_FUNCTION static Derivative derivative(const fl_statistic&, const double*, const float*) { return {}; }
   FL_FUNCTION V psi(V, V, const Derivative&) const { return splat<V>(0); }
 };
@@ -247,7 +247,7 @@ FL_FUNCTION void with_statistic(const fl_statistic& s, float row, Act act) {
   switch (s.kind) {
     case FL_LOGSUMEXP: return act(LogSumExp<V>(s, row));
     case FL_SUM: return act(Sum<V>(s, row));
-    case FL_MASS: return act(Mass<V>(s, row));
+    case FL_COUNT: return act(Count<V>(s, row));
     case FL_SUM_OF_SQUARES: return act(SumOfSquares<V>(s, row));
     case FL_MOMENTS: return act(Moments<V>(s, row));
     case FL_EXPECTATION:

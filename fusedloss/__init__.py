@@ -23,8 +23,10 @@ from .losses.spherical_z_loss import spherical_z_loss
 from .losses.squared_error_loss import squared_error_loss
 from .losses.squentropy import squentropy
 from .losses.taylor_softmax_loss import taylor_softmax_loss
+from .memory import set_workspace_limit
 from .numerics import nll, softplus
 from .relation import Rest
 from .row_loss import row_loss
 from .scores import Scores, linear_scores, logits_scores
-from .statistics import Expectation, LogSumExp, Mass, Max, Min, Moments, Score, Sum, SumOf, SumOfSquares, TopK
+from .statistics import Count, Expectation, LogSumExp, Max, Min, Moments, Score, Sum, SumOf, SumOfSquares, TopK
+from .targets import check, set_strict

@@ -1,6 +1,5 @@
 """The operators: whole walks as opaque `torch.library` ops on plain tensors, and their autograd.
 
-* ``fusedloss::checked_target``   targets as safe int64 and which rows count; raises on a target out of range
 * ``fusedloss::statistics``       statistics of scores (forward of the recompute schedule)
 * ``fusedloss::statistics_backward``
 * ``fusedloss::eager_gradient``   the weighted sum of per-row losses, the losses, and the sum's gradients, in one walk
@@ -23,19 +22,8 @@ from torch import Tensor
 from . import backends
 from .backends.tile import Sums
 from .memory import empty
-from .schedule import (
-    Gradients,
-    Plan,
-    Stream,
-    Walk,
-    accumulation_dtype,
-    eager_sweep,
-    gradient_sweep,
-    keeps_exponentials,
-    plan,
-    statistics_sweep,
-    waiting_dtype,
-)
+from .plan import Plan, Walk, accumulation_dtype, waiting_dtype
+from .schedule import Gradients, Stream, eager_sweep, gradient_sweep, keeps_exponentials, statistics_sweep
 from .statistics import Statistic, build
 from .trace import PROGRAMS
 
@@ -72,9 +60,6 @@ STREAMS = (
 )
 GRADIENTS = "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor"  # of the first six, empty where not needed
 
-torch.library.define(
-    "fusedloss::checked_target", "(Tensor target, SymInt columns, SymInt ignore_index, str name) -> (Tensor, Tensor)"
-)
 torch.library.define("fusedloss::statistics", f"(str spec, {STREAMS}, Tensor[] carried) -> (Tensor, Tensor, Tensor)")
 torch.library.define(
     "fusedloss::statistics_backward",
@@ -84,29 +69,6 @@ torch.library.define(
     "fusedloss::eager_gradient",
     f"(str spec, {STREAMS}, Tensor row_factor, Tensor[] rows, Tensor[] shared, bool[] needs) -> (Tensor, Tensor, {GRADIENTS})",
 )
-
-
-# --- targets -------------------------------------------------------------------------------------------------------
-
-
-@torch.library.impl("fusedloss::checked_target", "CompositeExplicitAutograd")
-def _checked_target(target: Tensor, columns: int, ignore_index: int, name: str) -> tuple[Tensor, Tensor]:
-    target = target.long()  # a narrow type would wrap columns and ignore_index around
-    keep = target != ignore_index
-    bad = ((target < 0) | (target >= columns)) & keep
-    if bad.any():
-        where = bad.nonzero()[0].tolist()
-        value = target[tuple(where)].item()
-        place = ", ".join(map(str, where))
-        raise IndexError(
-            f"{name}: target[{place}] = {value} is out of range: expected 0 <= target < {columns} or ignore_index = {ignore_index}"
-        )
-    return torch.where(keep, target, 0), keep
-
-
-@torch.library.register_fake("fusedloss::checked_target")
-def _checked_target_fake(target, columns, ignore_index, name):
-    return torch.empty_like(target, dtype=torch.int64), torch.empty_like(target, dtype=torch.bool)
 
 
 # --- from op arguments to a stream -----------------------------------------------------------------------------------
@@ -121,7 +83,7 @@ def _operand(tensor: Tensor) -> Tensor:
 def _stream(spec: Spec, x, weight, bias, class_scale, class_shift, scale, keep) -> Stream:
     multiply = DTYPES[spec.multiply]
     kept = None
-    if keep is not None and not keep.all():
+    if keep is not None and x.device.type == "cpu" and not keep.all():  # elsewhere it would wait for the device
         kept = keep.nonzero().squeeze(1)
     if weight is None and x.shape[1] > 1 and x.stride(1) != 1:
         x = x.contiguous()
@@ -150,7 +112,14 @@ def _recompute_layout(stream: Stream, walk: Walk) -> Plan:
     if stream.weight is None:  # logits: a few rows at a time, so that both passes of a row meet it in the caches
         rows = max(1, min(stream.rows, (16 << 20) // max(1, stream.columns * stream.dtype.itemsize)))
         return Plan("logits", rows, -(-stream.rows // rows), max(1, stream.columns), 0, 0, 0)
-    return plan(stream.rows, stream.x.shape[1], stream.columns, stream.dtype, replace(walk, schedule="recompute"))
+    return stream.plan(replace(walk, schedule="recompute"))
+
+
+def _counting(keep: Tensor | None, values: Tensor) -> Tensor:
+    """Values of rows, 0 where a row does not count. On a CPU those rows were never looked at."""
+    if keep is None or values.device.type == "cpu":
+        return values
+    return torch.where(keep.reshape(-1, *[1] * (values.dim() - 1)), values, 0.0)
 
 
 def _whole(stream: Stream, part: Tensor, rows: int) -> Tensor:
@@ -172,7 +141,7 @@ def _statistics_forward(text, x, weight, bias, class_scale, class_shift, scale, 
     values = torch.cat([s.value(state) for s, state in zip(stats, states)], 1)
     columns = [s.columns(state) for s, state in zip(stats, states) if hasattr(s, "columns") and callable(s.columns)]
     columns = torch.cat(columns, 1) if columns else torch.empty(stream.rows, 0, dtype=torch.int64, device=x.device)
-    return tuple(_whole(stream, t, x.shape[0]) for t in (values, columns, torch.cat(states, 1)))
+    return tuple(_whole(stream, t, x.shape[0]) for t in (_counting(keep, values), columns, torch.cat(states, 1)))
 
 
 def skeletons(spec: Spec, carried) -> list[Statistic]:
@@ -251,7 +220,7 @@ def _statistics_backward(text, x, weight, bias, class_scale, class_shift, scale,
     stats = _statistics(spec, carried, stream.kept)
     take = (lambda t: t) if stream.kept is None else (lambda t: t.index_select(0, stream.kept))
     split_states = [t.contiguous() for t in take(states).split([s.width for s in stats], 1)]
-    split_grad = [t.contiguous() for t in take(grad).split([s.outputs for s in stats], 1)]
+    split_grad = [t.contiguous() for t in take(_counting(keep, grad)).split([s.outputs for s in stats], 1)]
     into, found = _gradient_buffers(stream, x, weight, needs)
     peak = _peak(stream, grad)
     if peak is not None:
@@ -289,12 +258,14 @@ def _eager_gradient(text, x, weight, bias, class_scale, class_shift, scale, keep
         values = [s.value(state) for s, state in zip(stats, states)]
         columns = [s.columns(state) if hasattr(s, "k") else None for s, state in zip(stats, states)]
         mine = [t[chunk] for t in kept_rows]
-        losses[chunk], coefficients = program.step(values, columns, mine, shared, lifted[chunk].double())
-        return coefficients
+        found, coefficients = program.step(values, columns, mine, shared, lifted[chunk].double())
+        counts = None if keep is None else keep[chunk]
+        losses[chunk] = _counting(counts, found)
+        return [_counting(counts, c) for c in coefficients]
 
     exponentials = keeps_exponentials(stream, stats, into.sums)
     gradient_dtype = None if weight is None else weight.dtype
-    layout = plan(stream.rows, x.shape[1], stream.columns, stream.dtype, spec.walk, exponentials, gradient_dtype)
+    layout = stream.plan(spec.walk, exponentials, gradient_dtype)
     if layout.schedule == "eager":
         largest = lifted.abs().max().item() if stream.rows and spec.walk.gradient_filter else 0.0
         eager_sweep(stream, stats, step, into, layout, spec.walk.gradient_filter * largest)

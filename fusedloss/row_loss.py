@@ -12,6 +12,7 @@ from torch import Tensor
 from . import autograd, trace
 from .checks import check_reduction, expect, fixed
 from .scores import Scores, as_scores
+from .targets import checked_target
 
 # Row losses work on statistics as they are kept: rounded to float32, a lse of 10 would put an error of 5e-7 on every p.
 STATISTICS = "float64"
@@ -29,21 +30,13 @@ COMMON = """
 """
 
 
-def integral(target: Tensor) -> bool:
-    return target.dtype in (torch.int64, torch.int32, torch.int16, torch.uint8)
-
-
-def checked_target(name: str, scores: Scores, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Flat int64 targets, safe to index with, and which rows count."""
-    expect(integral(target), name, "target", "an integer tensor of class indices", target.dtype, TypeError)
-    shape = tuple(scores.leading)
-    expect(tuple(target.shape) == shape, name, "target", f"shape {shape} as the scores' rows", target)
-    safe, keep = torch.ops.fusedloss.checked_target(target, scores.columns, ignore_index, name)
-    return safe.reshape(-1), keep.reshape(-1)
-
-
 def row_factors(
-    scores: Scores, keep: Tensor | None, class_weight: Tensor | None, row_weight: Tensor | None, reduction: str
+    scores: Scores,
+    keep: Tensor | None,
+    valid: Tensor | None,
+    class_weight: Tensor | None,
+    row_weight: Tensor | None,
+    reduction: str,
 ) -> Tensor:
     """(N,) factors by which the row losses enter the result; for a mean they are divided by their own sum."""
     rows = scores.leading.numel()
@@ -56,7 +49,7 @@ def row_factors(
         total = factor.sum()
         # No row counts: the loss is 0, not 0/0 (torch returns NaN there), and a masked batch does no harm.
         factor = torch.where(total == 0, 0.0, factor / torch.where(total == 0, 1.0, total))
-    return factor
+    return factor if valid is None else factor * valid
 
 
 def evaluate(
@@ -131,9 +124,9 @@ def row_loss(function: Callable) -> Callable:
         unknown = [o for o in options if o not in known]
         if unknown:
             raise TypeError(f"{name}: got an unexpected keyword argument {unknown[0]!r}")
-        rows, keep, class_weight = list(arguments), None, None
+        rows, keep, valid, class_weight = list(arguments), None, None, None
         if per_row and per_row[0] == "target":
-            rows[0], keep = checked_target(name, scores, rows[0], ignore_index)
+            rows[0], keep, valid = checked_target(name, scores, rows[0], ignore_index)
             if weight is not None:
                 expect(weight.shape == (scores.columns,), name, "weight", f"({scores.columns},) class weights", weight)
                 class_weight = weight[rows[0]]
@@ -152,7 +145,7 @@ def row_loss(function: Callable) -> Callable:
         options = {**defaults, **options}
         shared = {k: v for k, v in options.items() if isinstance(v, Tensor)}
         plain = {k: v for k, v in options.items() if not isinstance(v, Tensor)}
-        factor = row_factors(scores, keep, class_weight, row_weight, reduction)
+        factor = row_factors(scores, keep, valid, class_weight, row_weight, reduction)
         return evaluate(key, scores, keep, factor, rows, shared, plain, reduction)
 
     known = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}

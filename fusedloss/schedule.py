@@ -8,7 +8,7 @@ Two sweeps over two-dimensional blocks, and one walk that fuses them:
 * `eager_sweep`: per chunk of rows all classes at once, the tile kept between the two passes (3 GEMMs in all). It needs
   the loss to separate over row chunks, and in half precision an fp32 accumulator for dW.
 
-`plan` chooses between eager (3 GEMMs, a tile of rows × V) and the two sweeps (4 GEMMs, hardly any memory).
+`plan.py` chooses between eager (3 GEMMs, a tile of rows × V) and the two sweeps (4 GEMMs, hardly any memory).
 """
 
 from __future__ import annotations
@@ -21,100 +21,12 @@ import torch
 from torch import Tensor
 
 from .backends.tile import Exponentials, Sums, Tile
-from .memory import empty
-from .statistics import LogSumExp, Mass, Score, Statistic
+from .memory import empty, workspace
+from .plan import Plan, Walk, accumulation_dtype, divided_up, half, plan, spans
+from .statistics import Count, LogSumExp, Score, Statistic
 
-MIB = 1 << 20
-# Fewest rows per chunk at which the eager schedule beats recomputing: below it, reading and writing dW for every chunk
-# costs more than a fourth GEMM (measured on CPU, see docs/performance.md).
-EAGER_ROWS = 192
-# Most rows per chunk: more make the GEMMs no faster, and the tile larger.
-MOST_ROWS = 2048
-# A block of scores that stays in the caches between the GEMM that writes it and the pass that reads it.
-BLOCK_BYTES = 8 * MIB
-BLOCK_COLUMNS = 2048
-# A dW this small stays in the caches.
-CACHED_BYTES = 4 * MIB
-
-
-@dataclass(frozen=True)
-class Walk:
-    """How a call walks its scores. The result does not depend on it beyond rounding (and the filter's stated bound)."""
-
-    memory_budget: int = 256 * MIB  # bytes of score tile
-    schedule: str = "auto"  # "auto", "eager", "recompute"
-    gradient_filter: float = (
-        0.0  # skip classes whose every |∂L/∂s| in a row chunk is below this × the largest row factor
-    )
-    backend: str = "auto"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What `plan` decided, for a reader: chunks of rows and the memory that the walk takes beside inputs and gradients."""
-
-    schedule: str  # "eager", "recompute", or "logits" when they are given
-    chunk_rows: int
-    chunks: int
-    block_columns: int
-    tile_bytes: int  # the tile of a whole chunk, or of one block when it is computed again
-    block_bytes: int  # fp32 scratch for one block
-    accumulator_bytes: int  # dW in fp32, when more than one chunk adds to a half-precision dW
-    exponentials: bool = False  # what the eager schedule keeps of the tile
-
-
-def half(dtype: torch.dtype) -> bool:
-    return dtype in (torch.bfloat16, torch.float16)
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def waiting_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type of a gradient that waits for the upstream factor: float16 would underflow before a loss scale reaches it."""
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
-def plan(
-    rows: int, width: int, columns: int, dtype: torch.dtype, walk: Walk, exponentials: bool = True, gradient_dtype=None
-) -> Plan:
-    """Choose schedule and chunk sizes for `rows` × `columns` scores of `width`-dimensional inputs of type `dtype`."""
-    wide = accumulation_dtype(dtype).itemsize
-    kept = dtype.itemsize if exponentials else wide
-    fit = min(MOST_ROWS, walk.memory_budget // max(1, columns * kept))
-    if walk.schedule == "eager" or (walk.schedule == "auto" and fit >= min(rows, EAGER_ROWS)):
-        if columns * width * wide <= CACHED_BYTES:  # adding to dW costs nothing: chunks that stay in the caches too
-            fit = min(fit, max(EAGER_ROWS, BLOCK_BYTES // max(1, columns * kept)))
-        chunks = _divided_up(rows, max(1, fit))
-        chunk_rows = _divided_up(rows, max(1, chunks))  # even chunks: a short last one wastes a pass over W
-        block = _block(columns, BLOCK_BYTES // (max(1, chunk_rows) * wide))
-        scratch = chunk_rows * block * wide if kept != wide else 0
-        rounded = half(waiting_dtype(dtype if gradient_dtype is None else gradient_dtype))
-        accumulator = columns * width * wide if rounded and chunks > 1 else 0
-        tile = chunk_rows * columns * kept
-        return Plan("eager", chunk_rows, chunks, block, tile, scratch, accumulator, exponentials)
-    room = min(walk.memory_budget, BLOCK_BYTES)
-    chunk_rows = max(1, min(rows, MOST_ROWS, room // (512 * wide)))
-    block = _block(columns, room // (chunk_rows * wide))
-    chunks = _divided_up(rows, chunk_rows)
-    return Plan("recompute", chunk_rows, chunks, block, chunk_rows * block * wide, block * width * wide, 0)
-
-
-def _block(columns: int, most: int) -> int:
-    """Column blocks of even size, at most `most` and BLOCK_COLUMNS wide, in whole cache lines."""
-    most = max(64, min(BLOCK_COLUMNS, most) // 64 * 64)
-    count = _divided_up(max(1, columns), most)
-    return _divided_up(_divided_up(max(1, columns), count), 64) * 64
-
-
-def _divided_up(total: int, part: int) -> int:
-    return -(-total // part)
-
-
-def spans(total: int, step: int) -> Iterator[slice]:
-    for start in range(0, total, max(1, step)):
-        yield slice(start, min(total, start + step))
+# With fewer numbers to a row of x, the rounding of f · x to half precision does not average out.
+FEW_INPUTS = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,6 +54,11 @@ class Stream:
     @property
     def dtype(self) -> torch.dtype:
         return self.x.dtype if self.weight is None else self.weight.dtype
+
+    def plan(self, walk: Walk, exponentials: bool = True, gradient_dtype: torch.dtype | None = None) -> Plan:
+        limits = self.backend.limits(self.x.device)
+        shape = self.rows, self.x.shape[1], self.columns
+        return plan(*shape, self.dtype, walk, limits, exponentials, gradient_dtype)
 
     def take(self, tensor: Tensor, rows: slice) -> Tensor:
         return tensor[rows] if self.kept is None else tensor.index_select(0, self.kept[rows])
@@ -190,14 +107,16 @@ class Gradients:
 def statistics_sweep(stream: Stream, stats: Sequence[Statistic], layout: Plan) -> list[Tensor]:
     """States of all statistics for all kept rows. `stats` carry the kept rows."""
     states = [s.identity(stream.rows, stream.x.device) for s in stats]
-    buffer = None if stream.weight is None else _buffer(stream, layout.chunk_rows, layout.block_columns)
-    for rows in spans(stream.rows, layout.chunk_rows):
-        x = stream.input(rows)
-        mine = [s.taking(rows) for s in stats]
-        for columns in spans(stream.columns, layout.block_columns):
-            out = x[:, columns] if buffer is None else _corner(buffer, rows, columns)
-            tile = stream.tile(out, columns) if buffer is None else stream.compute(out, x, columns)
-            stream.backend.statistics(tile, [s.taking(columns=columns) for s in mine], [s[rows] for s in states])
+    given = stream.weight is None
+    block = (0, 0) if given else (layout.chunk_rows, layout.block_columns)
+    with workspace(stream.x.device, (block, accumulation_dtype(stream.dtype))) as (buffer,):
+        for rows in spans(stream.rows, layout.chunk_rows):
+            x = stream.input(rows)
+            mine = [s.taking(rows) for s in stats]
+            for columns in spans(stream.columns, layout.block_columns):
+                out = x[:, columns] if given else _corner(buffer, rows, columns)
+                tile = stream.tile(out, columns) if given else stream.compute(out, x, columns)
+                stream.backend.statistics(tile, [s.taking(columns=columns) for s in mine], [s[rows] for s in states])
     return states
 
 
@@ -225,37 +144,40 @@ def gradient_sweep(
     if stream.rows == 0:  # the gradients are 0 already; a block of dW without rows would stay unwritten
         return
 
-    buffer = _buffer(stream, layout.chunk_rows, layout.block_columns)
-    dx = into.x
-    if dx is not None and (stream.kept is not None or dx.dtype != wait):
-        dx = empty((stream.rows, stream.x.shape[1]), wait, stream.x.device)
-    whole = into.weight is not None and into.weight.dtype == wait
-    for columns in spans(stream.columns, layout.block_columns):
-        block = None
-        if into.weight is not None:
-            block = into.weight[columns] if whole else torch.empty_like(into.weight[columns], dtype=wait)
-        for rows in spans(stream.rows, layout.chunk_rows):
-            x = stream.input(rows)
-            corner = _corner(buffer, rows, columns)
-            tile = stream.compute(corner, x, columns)
-            out = narrowed(buffer[: corner.shape[0]], slice(0, corner.shape[1]), stream.dtype)
-            mine = [s.taking(rows, columns) for s in stats]
-            cut = [s[rows] for s in states], [c[rows] for c in coefficients]
-            backend.gradient(tile, out, mine, *cut, into.sums.taking(columns))
-            if dx is not None:
-                backend.gemm(dx[rows], out, stream.weight[columns], accumulate=columns.start > 0)
-            if block is not None:
-                backend.gemm(block, out.t(), x, accumulate=rows.start > 0)
-        if block is not None and not whole:
-            into.weight[columns] = block
-    if dx is not into.x:
-        stream.put(into.x, slice(0, stream.rows), dx)
+    dx, dw, width = into.x, into.weight, stream.x.shape[1]
+    apart = dx is not None and (stream.kept is not None or dx.dtype != wait)
+    whole = dw is not None and dw.dtype == wait
+    wanted = [
+        ((layout.chunk_rows, layout.block_columns), wait),
+        ((stream.rows if apart else 0, width), wait),
+        ((0 if dw is None or whole else layout.block_columns, width), wait),
+    ]
+    with workspace(stream.x.device, *wanted) as (buffer, dx_apart, block):
+        dx = dx_apart if apart else dx
+        for columns in spans(stream.columns, layout.block_columns):
+            part = None if dw is None else dw[columns] if whole else block[: columns.stop - columns.start]
+            for rows in spans(stream.rows, layout.chunk_rows):
+                x = stream.input(rows)
+                corner = _corner(buffer, rows, columns)
+                tile = stream.compute(corner, x, columns)
+                out = narrowed(buffer[: corner.shape[0]], slice(0, corner.shape[1]), stream.dtype)
+                mine = [s.taking(rows, columns) for s in stats]
+                cut = [s[rows] for s in states], [c[rows] for c in coefficients]
+                backend.gradient(tile, out, mine, *cut, into.sums.taking(columns))
+                if dx is not None:
+                    backend.gemm(dx[rows], out, stream.weight[columns], accumulate=columns.start > 0)
+                if part is not None:
+                    backend.gemm(part, out.t(), x, accumulate=rows.start > 0)
+            if part is not None and not whole:
+                dw[columns] = part
+        if apart:
+            stream.put(into.x, slice(0, stream.rows), dx)
 
 
 def keeps_exponentials(stream: Stream, stats: Sequence[Statistic], sums: Sums) -> bool:
     """Whether exp(s − shift) is all that the gradient needs of a score: one plain log-sum-exp, single scores, no softcap."""
     plain = [s for s in stats if isinstance(s, LogSumExp) and s.factor == 1.0]
-    rest = [s for s in stats if not isinstance(s, (Score, Mass))]
+    rest = [s for s in stats if not isinstance(s, (Score, Count))]
     return len(plain) == 1 and len(rest) == 1 and not stream.softcap and sums.scale is None and sums.class_scale is None
 
 
@@ -268,79 +190,154 @@ def eager_sweep(
     threshold: float,
 ) -> None:
     """Statistics, loss and gradients chunk by chunk; `step` maps a chunk's states to its coefficients."""
-    backend, wide, device = stream.backend, accumulation_dtype(stream.dtype), stream.x.device
-    blocks = list(spans(stream.columns, layout.block_columns))
-    kept_dtype = stream.dtype if layout.exponentials else wide
-    buffer = empty((layout.chunk_rows, stream.columns), kept_dtype, device)
-    scratch = None if kept_dtype == wide else _buffer(stream, layout.chunk_rows, layout.block_columns)
-    shifts = torch.empty(len(blocks), layout.chunk_rows, dtype=wide, device=device)
-    dw = into.weight
-    if layout.accumulator_bytes and dw is not None:
-        dw = empty(dw.shape, wide, device)
+    wide, device, narrow = accumulation_dtype(stream.dtype), stream.x.device, stream.dtype
+    exponentials = layout.exponentials and not layout.in_place  # computed into a scratch block, kept narrow
+    wanted = [
+        ((layout.chunk_rows, stream.columns), narrow if exponentials else wide),
+        ((layout.chunk_rows, layout.block_columns if exponentials and narrow != wide else 0), wide),
+        ((layout.chunk_rows, stream.x.shape[1]), wide),
+        (into.weight.shape if into.weight is not None and layout.accumulator_bytes else (0,), wide),
+        ((layout.block_columns, stream.x.shape[1]), wide),
+        ((layout.block_columns if threshold > 0 else 0, stream.x.shape[1]), narrow),
+    ]
+    with workspace(device, *wanted) as (buffer, scratch, dx, accumulator, part, picked):
+        dw = accumulator if accumulator.numel() else into.weight
+        for rows in spans(stream.rows, layout.chunk_rows):
+            chunk = _Chunk(stream, stats, layout, rows, buffer, scratch)
+            states = chunk.statistics()
+            coefficients = step(rows, states)
+            direct = into.x is not None and stream.kept is None and into.x.dtype == wide
+            here = None if into.x is None else into.x[rows] if direct else dx[: rows.stop - rows.start]
+            factor = None if threshold > 0 else chunk.factor(states, coefficients, into.sums)
+            x = chunk.x if factor is None else (chunk.x * factor).to(narrow)
+            for columns, out in chunk.gradients(states, coefficients, into.sums, threshold, factor):
+                live, weight = None, stream.weight[columns]
+                if threshold > 0:
+                    live = (chunk.largest >= threshold).nonzero().squeeze(1)
+                    out = stream.backend.take_columns(out, live)
+                    weight = torch.index_select(weight, 0, live, out=picked[: len(live)])
+                if here is not None:
+                    stream.backend.gemm(here, out, weight, accumulate=columns is not chunk.blocks[-1])
+                if dw is not None and dw.numel():
+                    _add_to_weight(stream, dw[columns], out, x, live, part[: out.shape[1]], first=rows.start == 0)
+            if here is not None and factor is not None:
+                here.mul_(factor)
+            if here is not None and not direct:
+                stream.put(into.x, rows, here)
+        if dw is not into.weight:
+            into.weight.copy_(dw)
 
-    for rows in spans(stream.rows, layout.chunk_rows):
-        x = stream.input(rows)
-        count = rows.stop - rows.start
-        tile = buffer[:count]
-        mine = [s.taking(rows) for s in stats]
-        cut = [[s.taking(columns=columns) for s in mine] for columns in blocks]
-        kept = [
-            Exponentials(tile[:, c], shift[:count]) if layout.exponentials else None for c, shift in zip(blocks, shifts)
-        ]
-        states = [s.identity(count, device) for s in stats]
-        for number, columns in enumerate(blocks):
-            raw = tile[:, columns] if scratch is None else _corner(scratch, rows, columns)
-            backend.statistics(stream.compute(raw, x, columns), cut[number], states, kept[number])
-        coefficients = step(rows, states)
 
-        dx = None
-        if into.x is not None:
-            direct = stream.kept is None and into.x.dtype == wide
-            dx = into.x[rows] if direct else empty((count, stream.x.shape[1]), wide, device)
-        for number in reversed(range(len(blocks))):  # backwards: the last blocks are still in the caches
-            columns = blocks[number]
-            sums = into.sums.taking(columns)
+class _Chunk:
+    """Some rows of the eager schedule, with all their columns in `buffer`."""
+
+    def __init__(self, stream: Stream, stats: Sequence[Statistic], layout: Plan, rows: slice, buffer, scratch):
+        count, wide = rows.stop - rows.start, accumulation_dtype(stream.dtype)
+        self.stream, self.scratch = stream, scratch if scratch.numel() else None
+        self.x, self.tile = stream.input(rows), buffer[:count]
+        self.stats = [s.taking(rows) for s in stats]
+        self.blocks = list(spans(stream.columns, layout.block_columns))
+        self.parts = [[s.taking(columns=columns) for s in self.stats] for columns in self.blocks]
+        self.kept: list[Exponentials | None] = [None] * len(self.blocks)
+        self.largest: Tensor | None = None
+        if layout.exponentials:
+            block = layout.kept_columns
+            shape = len(self.blocks), divided_up(layout.block_columns, block), count
+            shifts = torch.empty(shape, dtype=wide, device=stream.x.device)
+            self.kept = [
+                Exponentials(self.narrow(columns), shift[: divided_up(columns.stop - columns.start, block)], block)
+                for columns, shift in zip(self.blocks, shifts)
+            ]
+
+    def narrow(self, columns: slice) -> Tensor:
+        return narrowed(self.tile, columns, self.stream.dtype)
+
+    def statistics(self) -> list[Tensor]:
+        states = [s.identity(self.tile.shape[0], self.tile.device) for s in self.stats]
+        for columns, part, kept in zip(self.blocks, self.parts, self.kept):
+            raw = self.tile if self.scratch is None else self.scratch[: len(self.tile)]
+            raw = raw[:, columns] if self.scratch is None else raw[:, : columns.stop - columns.start]
+            self.stream.backend.statistics(self.stream.compute(raw, self.x, columns), part, states, kept)
+        return states
+
+    def factor(self, states, coefficients, sums: Sums) -> Tensor | None:
+        """f (n, 1) by which the kept exponentials are the gradient, once the coefficients of single scores are put
+        among them; None where that is not so, and `gradients` has to go over them.
+
+        ∂L/∂a_ij = f_i · e_ij wherever no single score is asked for: then G W and Gᵀ X need no G, for the rows of the one
+        and of X can be multiplied instead. It takes a shift that all columns share, and numbers that float16 has not.
+        """
+        narrow = half(self.stream.dtype) and self.x.shape[1] < FEW_INPUTS
+        if self.kept[0] is None or self.tile.device.type != "cpu" or self.stream.dtype == torch.float16 or narrow:
+            return None
+        shifts = torch.cat([kept.shift for kept in self.kept])
+        plain = self.stream.class_scale is None and all(s is None for s in (sums.bias, sums.class_shift, sums.largest))
+        if not plain or not (shifts == shifts[0]).all():
+            return None
+        (lse,) = [n for n, s in enumerate(self.stats) if isinstance(s, LogSumExp)]
+        weight = coefficients[lse].double()
+        factor = torch.where(
+            weight == 0, 0.0, weight * torch.exp(shifts[0, :, None] - self.stats[lse].value(states[lse]))
+        )
+        entries = []
+        for s, state, coefficient in zip(self.stats, states, coefficients):
+            if isinstance(s, Score):
+                value = torch.where((coefficient == 0) | (state == -torch.inf), 0.0, coefficient / factor)
+                entries += list(zip(s.columns_of(value.shape[0]).unbind(1), value.unbind(1)))
+        silent = (factor == 0).squeeze(1)
+        if len(entries) > 4 or not all((value.abs() < 1e30).all() for _, value in entries):
+            return None
+        for columns, kept in zip(self.blocks, self.kept):
+            for at, value in entries:
+                rows = ((at >= columns.start) & (at < columns.stop)).nonzero().squeeze(1)
+                place = rows, at[rows] - columns.start
+                kept.data[place] = (kept.data[place] + value[rows]).to(kept.data.dtype)
+            if silent.any():  # whatever its scores are, also NaN
+                kept.data[silent] = 0
+        return (factor * self.stream.scale).to(shifts.dtype)
+
+    def gradients(
+        self, states, coefficients, sums: Sums, threshold: float, factor: Tensor | None
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """The blocks' gradients (over `factor`, where there is one), the last first: it is still in the caches."""
+        backend, stream = self.stream.backend, self.stream
+        for columns, part, kept in reversed(list(zip(self.blocks, self.parts, self.kept))):
+            if factor is not None:
+                yield columns, kept.data
+                continue
+            mine = sums.taking(columns)
             if threshold > 0:
-                sums = replace(sums, largest=torch.zeros(columns.stop - columns.start, dtype=wide, device=device))
-            part = stream.tile(tile[:, columns], columns)
-            if layout.exponentials:
-                out = tile[:, columns]
-                backend.gradient_of_exponentials(part, kept[number], cut[number], states, coefficients, sums)
+                self.largest = torch.zeros(
+                    columns.stop - columns.start, dtype=accumulation_dtype(stream.dtype), device=self.tile.device
+                )
+                mine = replace(mine, largest=self.largest)
+            tile = stream.tile(self.tile[:, columns], columns)
+            if kept is not None:
+                out = kept.data
+                backend.gradient_of_exponentials(tile, kept, part, states, coefficients, mine)
             else:
-                out = narrowed(tile, columns, stream.dtype)
-                backend.gradient(part, out, cut[number], states, coefficients, sums)
-            weight, live = stream.weight[columns], None
-            if threshold > 0:
-                live = (sums.largest >= threshold).nonzero().squeeze(1)
-                out, weight = out.index_select(1, live), weight.index_select(0, live)
-            if dx is not None:
-                backend.gemm(dx, out, weight, accumulate=number < len(blocks) - 1)
-            if dw is not None:
-                _add_to_weight(stream, dw[columns], out, x, live, first=rows.start == 0)
-        if dx is not None and not direct:
-            stream.put(into.x, rows, dx)
-    if dw is not into.weight:
-        into.weight.copy_(dw)
+                out = self.narrow(columns)
+                backend.gradient(tile, out, part, states, coefficients, mine)
+            yield columns, out
 
 
-def _add_to_weight(stream: Stream, dw: Tensor, out: Tensor, x: Tensor, live: Tensor | None, first: bool) -> None:
-    """dW block (+)= outᵀ x, or only its `live` classes when the others were filtered out."""
-    wide = accumulation_dtype(stream.dtype)
-    if live is None and dw.dtype == wide:
+def _add_to_weight(
+    stream: Stream, dw: Tensor, out: Tensor, x: Tensor, live: Tensor | None, part: Tensor, first: bool
+) -> None:
+    """dW block (+)= outᵀ x, or only its `live` classes when the others were filtered out; `part` is scratch."""
+    if live is None and dw.dtype == part.dtype:
         stream.backend.gemm(dw, out.t(), x, accumulate=not first)
         return
-    part = torch.empty(out.shape[1], dw.shape[1], dtype=wide, device=dw.device)
-    stream.backend.gemm(part, out.t(), x, accumulate=False)
+    if live is not None and first:
+        dw.zero_()
+    add = live is not None and not first
+    if add:
+        torch.index_select(dw, 0, live, out=part)
+    stream.backend.gemm(part, out.t(), x, accumulate=add)
     if live is None:  # the only chunk: rounded once, here
         dw.copy_(part)
-        return
-    if first:
-        dw.zero_()
-    dw.index_add_(0, live, part.to(dw.dtype))
-
-
-def _buffer(stream: Stream, rows: int, columns: int) -> Tensor:
-    return empty((rows, columns), accumulation_dtype(stream.dtype), stream.x.device)
+    else:
+        dw.index_copy_(0, live, part.to(dw.dtype))
 
 
 def _corner(buffer: Tensor, rows: slice, columns: slice) -> Tensor:

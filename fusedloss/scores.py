@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from . import autograd
+from .backends import choose
 from .checks import expect, fixed
 from .dense import DenseScores, dense_scores
-from .schedule import Plan, Walk, plan
+from .plan import Plan, Walk, plan
 from .statistics import Statistic
 
 
@@ -65,7 +66,8 @@ class Scores:
     def spec(self, statistics: tuple, program: str = "") -> str:
         scale = 1.0 if isinstance(self.scale, Tensor) else self.scale
         walk = self.walk
-        options = (fixed(walk.memory_budget), walk.schedule, fixed(walk.gradient_filter), walk.backend)
+        budget = None if walk.memory_budget is None else fixed(walk.memory_budget)
+        options = (budget, walk.schedule, fixed(walk.gradient_filter), walk.backend)
         return autograd.encode(
             statistics, fixed(self.softcap), fixed(scale), str(self.multiply_dtype), options, program
         )
@@ -135,7 +137,8 @@ class Scores:
     def plan(self) -> Plan:
         """How a loss that separates over rows would walk these scores, and the memory it takes."""
         flat = self.streams()[0]
-        return plan(flat.shape[0], flat.shape[1], self.columns, self.multiply_dtype, self.walk)
+        backend = choose(flat.device, self.multiply_dtype, self.walk.backend)
+        return plan(*flat.shape, self.columns, self.multiply_dtype, self.walk, backend.limits(flat.device))
 
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -176,7 +179,7 @@ def linear_scores(
     softcap: float | None = None,
     scale: float | Tensor = 1.0,
     temperature: float = 1.0,
-    memory_budget: int = Walk.memory_budget,
+    memory_budget: int | None = None,
     schedule: str = "auto",
     gradient_filter: float = 0.0,
     backend: str = "auto",
@@ -190,7 +193,7 @@ def linear_scores(
         softcap: cap(t) = softcap · tanh(t / softcap), > 0 (Gemma 2, arXiv 2408.00118); None leaves it out.
         scale: number, or a 0-dimensional tensor that may be learnable; multiplies after the softcap.
         temperature: > 0, divides after the softcap.
-        memory_budget: bytes that the tile of scores may take (default 256 MiB).
+        memory_budget: bytes that the tile of scores may take; None: 256 MiB on a CPU, 1 GiB on a GPU.
         schedule: "eager" (three GEMMs, a tile of rows × V), "recompute" (four GEMMs, a tile of a few MiB), or "auto".
         gradient_filter: opt-in; in each chunk of rows leave out the classes for which every |∂L/∂s_ij| is below this
             number times the largest row factor (1/N for a mean). Every entry of ∂L/∂s is then off by at most that much.
@@ -203,7 +206,9 @@ def linear_scores(
     check_linear(name, input, weight, bias)
     expect(weight.dim() == 2, name, "weight", "(V, D)", weight)
     expect(schedule in ("auto", "eager", "recompute"), name, "schedule", "auto, eager or recompute", schedule)
-    expect(memory_budget > 0, name, "memory_budget", "a positive number of bytes", memory_budget)
+    expect(
+        memory_budget is None or memory_budget > 0, name, "memory_budget", "a positive number of bytes", memory_budget
+    )
     expect(gradient_filter >= 0, name, "gradient_filter", "a number >= 0", gradient_filter)
     softcap, scale = _options(name, softcap, scale, temperature)
     walk = Walk(memory_budget, schedule, gradient_filter, backend)

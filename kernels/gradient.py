@@ -15,11 +15,11 @@ from .words import (
     CLASS_SCALE,
     COEFFICIENT,
     COUNT,
+    COUNT_SEEN,
     EXTREME,
     FACTOR,
     KIND,
     LOGSUMEXP,
-    MASS,
     MEMORY,
     MOMENTS,
     NUMBER,
@@ -68,7 +68,7 @@ def derivatives(arguments, out, rows, SPECS: tl.constexpr, R: tl.constexpr):
             for c in range(SPECS[k][COUNT]):
                 one = tl.load(argument[COEFFICIENT] + row * SPECS[k][COUNT] + c, mask=there, other=0.0)
                 active = active | (one != 0).to(tl.int32)
-        elif SPECS[k][KIND] != MASS:
+        elif SPECS[k][KIND] != COUNT_SEEN:
             active, found = derivative_in(argument, row, there, active, tl.constexpr(SPECS[k]))
             for i in tl.static_range(4):
                 tl.store(out + (1 + 4 * k + i) * wide(rows) + row, found[i], mask=there)
@@ -170,7 +170,7 @@ def slopes(z, arguments, numbers, rows, row, there, column, inside, begin, first
         argument = arguments[k]
         if SPECS[k][KIND] == SCORE or SPECS[k][KIND] == EXTREME:
             g = add_picked(g, argument, row, there, column, begin, first, tl.constexpr(SPECS[k]), BLOCK)
-        elif SPECS[k][KIND] != MASS:
+        elif SPECS[k][KIND] != COUNT_SEEN:
             weight = per_row(numbers, 1 + 4 * k, rows, row, there)
             center = per_row(numbers, 2 + 4 * k, rows, row, there)
             offset = per_row(numbers, 3 + 4 * k, rows, row, there)

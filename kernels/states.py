@@ -9,12 +9,12 @@ import triton.language as tl
 
 from .elementwise import exp, function_and_slope
 from .words import (
+    COUNT_SEEN,
     EXPECTATION,
     EXTREME,
     FUNCTION,
     KIND,
     LOGSUMEXP,
-    MASS,
     MOMENTS,
     OF_DISTANCE,
     OF_OPERAND,
@@ -101,8 +101,8 @@ def updated(state, z, v, seen, row, factor, parameter, SPEC: tl.constexpr):
         return (new, state[1] * keep + tl.sum(weight, 1).to(tl.float64), state[2] * keep + mean)
     elif SPEC[KIND] == SUM:
         return (state[0] + total(v * z, seen),)
-    elif SPEC[KIND] == MASS:
-        return (state[0] + total(v + tl.zeros_like(z), seen),)
+    elif SPEC[KIND] == COUNT_SEEN:
+        return (state[0] + total((v != 0).to(tl.float32) + tl.zeros_like(z), seen),)
     elif SPEC[KIND] == SUM_OF_SQUARES:
         return (state[0] + total(z * z, seen),)
     elif SPEC[KIND] == MOMENTS:
@@ -219,7 +219,7 @@ def derivative(state, coefficient, factor, there, SPEC: tl.constexpr):
 @triton.jit
 def slope(z, v, row, factor, parameter, weight, center, offset, level, SPEC: tl.constexpr):
     """∂L/∂z of one statistic, (R, B); what `derivative` returned comes as (R, 1)."""
-    tl.static_assert(SPEC[KIND] != SCORE and SPEC[KIND] != EXTREME and SPEC[KIND] != MASS)
+    tl.static_assert(SPEC[KIND] != SCORE and SPEC[KIND] != EXTREME and SPEC[KIND] != COUNT_SEEN)
     if SPEC[KIND] == LOGSUMEXP:
         return weight * exp(factor * z - center)
     elif SPEC[KIND] == EXPECTATION:

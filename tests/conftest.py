@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from fusedloss import backends
+from fusedloss import backends, memory
 
 THREADS = 2
 BY_NAME = {module.name: module for module in backends.BACKENDS}
@@ -49,6 +49,12 @@ def poisoned_memory(request, monkeypatch):
         return
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+
+
+@pytest.fixture(autouse=True)
+def fresh_workspace(monkeypatch):
+    """No scratch memory is kept from call to call: it would hold numbers where fresh memory holds NaN."""
+    monkeypatch.setattr(memory, "_limit", 0)
 
 
 @pytest.fixture(params=sorted(BY_NAME, key=lambda name: name != "torch"))

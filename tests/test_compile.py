@@ -10,8 +10,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import fusedloss
 from fusedloss import cross_entropy, linear_cross_entropy, linear_scores, logits_scores
 from fusedloss.losses.squentropy import reference as squentropy_reference
-from fusedloss.row_loss import checked_target
 from fusedloss.statistics import Expectation, LogSumExp, Max, Score, SumOf
+from fusedloss.targets import checked_target
 
 pytestmark = pytest.mark.unpoisoned
 N, D, V = 12, 8, 37
@@ -392,5 +392,5 @@ def test_opcheck_eager_gradient(name, monkeypatch):
 @pytest.mark.parametrize("target", [torch.randint(0, V, (5,)), torch.randint(0, V, (2, 3)).int(), torch.tensor(3)])
 def test_opcheck_checked_target(target):
     torch.library.opcheck(torch.ops.fusedloss.checked_target.default, (target, V, -100, "a_loss"), test_utils=CHECKS)
-    safe, keep = checked_target("a_loss", logits_scores(torch.zeros(*target.shape, V)), target, 3)
+    safe, keep, _ = checked_target("a_loss", logits_scores(torch.zeros(*target.shape, V)), target, 3)
     assert safe.dtype == torch.int64 and keep.dtype == torch.bool and safe.shape == keep.shape == (target.numel(),)

@@ -6,7 +6,7 @@ import torch
 from fusedloss.backends import cpu
 
 KINDS = {
-    "native": lambda dtype: cpu._native is not None and cpu._native.gemm_available(cpu._DTYPES[dtype]),
+    "native": lambda dtype: cpu._native is not None and cpu._native.gemm_available(cpu.DTYPES[dtype]),
     "blas": lambda dtype: dtype == torch.bfloat16 and cpu._blas("cblas_gemm_bf16bf16f32") is not None,
     "torch": lambda dtype: True,
 }

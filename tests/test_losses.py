@@ -71,9 +71,13 @@ def test_float64(module, case, given):
 
 @pytest.mark.parametrize("module, case", ALL)
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("given", ["logits", "eager", "recompute"])
-def test_low_precision(module, case, given, dtype, backend):
-    x, w, _, target = operands(dtype, bias=False)
+@pytest.mark.parametrize(
+    "given, width",
+    [("logits", WIDTH), ("eager", WIDTH), ("eager", 64), ("recompute", WIDTH)],
+    ids=["logits", "eager", "eager-64", "recompute"],
+)
+def test_low_precision(module, case, given, dtype, backend, width):
+    x, w, _, target = operands(dtype, width=width, bias=False)
     function, options = function_of(module), hyperparameters(case, CLASSES)
     loss = total(module, case, target)
     if given == "logits":

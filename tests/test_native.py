@@ -108,8 +108,9 @@ class Statistic:
         if operand is not None:
             shape = (columns,) if operand == "vector" else (rows, columns)
             self.operand = torch.randn(shape, generator=random).to(operand_dtype)
+            self.operand[..., ::3] = 0
         self.width = {
-            _native.SCORE: count, _native.LOGSUMEXP: 2, _native.SUM: 1, _native.SUM_OF_SQUARES: 1, _native.MASS: 1, _native.MOMENTS: 3,
+            _native.SCORE: count, _native.LOGSUMEXP: 2, _native.SUM: 1, _native.SUM_OF_SQUARES: 1, _native.COUNT: 1, _native.MOMENTS: 3,
             _native.EXPECTATION: 3, _native.SUM_OF: 2, _native.EXTREME: 2 * count,
         }[kind]  # fmt: skip
         self.outputs = {_native.SCORE: count, _native.EXTREME: count, _native.MOMENTS: 2}.get(kind, 1)
@@ -160,13 +161,13 @@ class Statistic:
     def magnitude(self, z):
         """What rounding errors of the value are in proportion to."""
         size = torch.where(self.counts(z), z, 0.0).abs()
-        if self.kind == _native.MASS:
+        if self.kind == _native.COUNT:
             size = self.operand.double().abs().expand(z.shape)
         if self.operand is not None and self.kind == _native.SUM:
             size = size * self.operand.double().abs()
         if self.kind == _native.MOMENTS:
             return torch.stack([size.mean(1), (size**2).sum(1)], 1)
-        if self.kind in (_native.SUM, _native.MASS, _native.SUM_OF, _native.SUM_OF_SQUARES):
+        if self.kind in (_native.SUM, _native.COUNT, _native.SUM_OF, _native.SUM_OF_SQUARES):
             return size.sum(1, keepdim=True)
         return size.amax(1, keepdim=True) if z.shape[1] else size.new_ones(z.shape[0], 1)
 
@@ -210,7 +211,11 @@ CASES = {
         lambda z, c, s: total(double_operand(s) * z, c),
         dict(operand="matrix", operand_dtype=torch.bfloat16),
     ),
-    "mass": (_native.MASS, lambda z, c, s: total(double_operand(s).expand(z.shape), c), dict(operand="vector")),
+    "count": (
+        _native.COUNT,
+        lambda z, c, s: total((double_operand(s) != 0).double().expand(z.shape), c),
+        dict(operand="vector"),
+    ),
     "sum_of_squares": (_native.SUM_OF_SQUARES, lambda z, c, s: total(z**2, c), {}),
     "moments": (_native.MOMENTS, moments, {}),
     "expectation": (
@@ -327,8 +332,10 @@ def run_gradient(tile, statistics, out_dtype=None, sums=None):
 def expected_gradient(tile, statistics):
     leaves = tile.leaves()
     z = tile.scores(leaves)
-    loss = sum((s.coefficient.double() * torch.where(s.expected(z) > -INF, s.expected(z), 0.0)).sum() for s in statistics)
-    loss = loss + 0.0 * leaves["stored"].sum()  # a mass alone depends on no score
+    loss = sum(
+        (s.coefficient.double() * torch.where(s.expected(z) > -INF, s.expected(z), 0.0)).sum() for s in statistics
+    )
+    loss = loss + 0.0 * leaves["stored"].sum()  # a count alone depends on no score
     gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     return {
         name: torch.zeros_like(leaf) if g is None else g
@@ -373,7 +380,9 @@ def test_a_dropped_column_is_noticed(case):
 def test_sizes(isa, rows, columns):
     """All statistics in one pass, and their gradient, at ragged sizes."""
     tile = Tile(rows, columns)
-    wanted = [make(case, rows, columns, where, seed=i) for i, (case, where) in enumerate(zip(CASES, itertools.cycle((0, 1))))]
+    wanted = [
+        make(case, rows, columns, where, seed=i) for i, (case, where) in enumerate(zip(CASES, itertools.cycle((0, 1))))
+    ]
     _native.statistics(tile.native(), [s.native() for s in wanted])
     z = tile.scores().detach()
     for s in wanted:
@@ -511,7 +520,7 @@ def test_in_place_and_narrower(isa, dtype):
 def test_gradient_of_kept_exponentials(isa, way, columns, dtype):
     """Exponentials kept in the fp32 tile's own memory, rounded to dtype, give the gradient that the scores give."""
     tile = Tile(7, columns, **WAYS[way])
-    wanted = [make(case, 7, columns, where) for case, where in [("logsumexp", 1), ("score", 0), ("mass", 1)]]
+    wanted = [make(case, 7, columns, where) for case, where in [("logsumexp", 1), ("score", 0), ("count", 1)]]
     missing = tile.scores().detach() == -INF
     for s in wanted:
         s.coefficient[1] = 0
@@ -666,10 +675,25 @@ def test_halves_are_rounded_as_torch_rounds(isa, dtype):
 def test_wrong_arguments_are_named(wrong, message):
     data, state, coefficient = torch.zeros(2, 4), torch.zeros(2, 8, dtype=torch.float64), torch.zeros(2, 8)
     tile = dict(data=pointer(data), rows=2, columns=4, stride=4, dtype=_native.F32) | wrong.get("tile", {})
-    statistic = dict(kind=_native.SUM, state=pointer(state), coefficient=pointer(coefficient)) | wrong.get("statistic", {})
+    statistic = dict(kind=_native.SUM, state=pointer(state), coefficient=pointer(coefficient)) | wrong.get(
+        "statistic", {}
+    )
     arguments = dict(out=pointer(data), out_stride=4, out_dtype=_native.F32) | wrong.get("gradient", {})
     with pytest.raises(RuntimeError, match=message):
         _native.gradient(_native.Tile(**tile), statistics=[_native.Statistic(**statistic)], sums=None, **arguments)
+
+
+def test_one_shift_for_all_kept_columns():
+    data, state, shift = torch.zeros(2, 4), torch.zeros(2, 2, dtype=torch.float64), torch.zeros(2, 2)
+    tile = _native.Tile(data=pointer(data), rows=2, columns=4, stride=4, dtype=_native.F32)
+    kept = _native.Statistic(
+        kind=_native.LOGSUMEXP, state=pointer(state), keep=pointer(data), keep_stride=4, keep_block=2,
+        keep_shift=pointer(shift), coefficient=pointer(shift),
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match="4 columns in blocks of 2 are more than the 1 shifts"):
+        _native.statistics(tile, [kept])
+    with pytest.raises(RuntimeError, match="keep_block is 2, but these kernels know one shift"):
+        _native.gradient_of_exponentials(tile, [kept], None)
 
 
 def test_unknown_instruction_set():
@@ -682,6 +706,9 @@ def test_unknown_instruction_set():
 @pytest.mark.parametrize("order", ["import torch, fusedloss._native", "import fusedloss._native, torch"])
 def test_one_openmp_runtime(order):
     """Two OpenMP runtimes in a process would fight for the cores."""
-    code = order + "; print({l.split()[-1] for l in open('/proc/self/maps') if 'gomp' in l or 'libomp' in l or 'iomp5' in l})"
+    code = (
+        order
+        + "; print({l.split()[-1] for l in open('/proc/self/maps') if 'gomp' in l or 'libomp' in l or 'iomp5' in l})"
+    )
     loaded = eval(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     assert len(loaded) == 1, loaded

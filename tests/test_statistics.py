@@ -14,10 +14,10 @@ from fusedloss.relation import Rest
 from fusedloss.scores import linear_scores, logits_scores
 from fusedloss.statistics import (
     FUNCTIONS,
+    Count,
     Expectation,
     Extreme,
     LogSumExp,
-    Mass,
     Max,
     Min,
     Moments,
@@ -40,7 +40,8 @@ def context(rows=ROWS, classes=CLASSES, seed=0):
         two=torch.rand(rows, classes, generator=g).argsort(1)[:, :2],
         columns=torch.randperm(classes, generator=g)[:3],
         weights=torch.rand(classes, generator=g, dtype=torch.float64) - 0.3,
-        matrix=torch.rand(rows, classes, generator=g, dtype=torch.float64),
+        sparse=torch.relu(torch.rand(classes, generator=g, dtype=torch.float64) - 0.4),
+        matrix=torch.relu(torch.rand(rows, classes, generator=g, dtype=torch.float64) - 0.2),
         values=torch.arange(classes, dtype=torch.float64) / 3,
         near=torch.rand(rows, generator=g, dtype=torch.float64) * classes / 3,
         row=torch.randn(rows, generator=g, dtype=torch.float64),
@@ -109,9 +110,9 @@ TABLE = {
     "sum": (lambda c: Sum(), lambda z, c: total(z, z)),
     "sum-classes": (lambda c: Sum(c.weights), lambda z, c: total(counted(z)[1] * c.weights, z)),
     "sum-matrix": (lambda c: Sum(c.matrix), lambda z, c: total(counted(z)[1] * c.matrix, z)),
-    "mass": (lambda c: Mass(), lambda z, c: total(torch.ones_like(z), z)),
-    "mass-classes": (lambda c: Mass(c.weights), lambda z, c: total(c.weights.expand_as(z), z)),
-    "mass-matrix": (lambda c: Mass(c.matrix), lambda z, c: total(c.matrix, z)),
+    "count": (lambda c: Count(), lambda z, c: total(torch.ones_like(z), z)),
+    "count-classes": (lambda c: Count(c.sparse), lambda z, c: total((c.sparse != 0).double().expand_as(z), z)),
+    "count-matrix": (lambda c: Count(c.matrix), lambda z, c: total((c.matrix != 0).double(), z)),
     "squares": (lambda c: SumOfSquares(), lambda z, c: total(counted(z)[1] ** 2, z)),
     "moments": (lambda c: Moments(), moments),
     "expectation-values": (lambda c: Expectation(c.values), expectation(lambda z, c: c.values.expand_as(z))),
@@ -320,8 +321,8 @@ def test_nan_scores_are_not_hidden(backend):
 
 # --- Scores.reduce ---------------------------------------------------------------------------------------------------
 
-# Mass has no gradient.
-SMOOTH = [n for n in TABLE if not n.startswith("mass")]
+# Count has no gradient.
+SMOOTH = [n for n in TABLE if not n.startswith("count")]
 
 
 def flat(values):

@@ -17,7 +17,7 @@ from fusedloss.backends import torch as plain
 from fusedloss.backends import triton as engine
 from fusedloss.backends.tile import Exponentials, Sums, Tile
 from fusedloss.relation import Rest
-from fusedloss.statistics import Extreme, LogSumExp, Mass, Max, Moments, Score, Sum, SumOf, SumOfSquares, TopK
+from fusedloss.statistics import Count, Extreme, LogSumExp, Max, Moments, Score, Sum, SumOf, SumOfSquares, TopK
 
 pytest.importorskip("triton", reason="triton is not installed")
 INF = torch.inf
@@ -36,10 +36,10 @@ if not engine.interpreted():
 else:
     import triton
     import triton.language as tl
+    from fusedloss.kernels import elementwise
     from triton.runtime import interpreter
 
     from fusedloss.backends import triton_launch
-    from fusedloss.kernels import elementwise
 
     pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, on infinities and NaN
 
@@ -179,7 +179,7 @@ if engine.interpreted():
         for name, column_sum in sums.items():
             close(column_sum, exact[name], 2e-5 * max(1.0, exact[name].abs().max().item()), f"{what}: {name}")
 
-    @pytest.mark.parametrize("name", [name for name in TABLE if not name.startswith("mass")])
+    @pytest.mark.parametrize("name", [name for name in TABLE if not name.startswith("count")])
     def test_gradient_of_each_statistic(name):
         z = strided(some_scores(True, ROWS, CLASSES))
         check(gradients(Tile(z), Tile(z.double()), [over_the_rest(name)], torch.empty(ROWS, CLASSES)), what=name)
@@ -188,7 +188,7 @@ if engine.interpreted():
         g = torch.Generator().manual_seed(seed)
         t = torch.randint(0, classes, (rows,), generator=g)
         row, weights = torch.randn(rows, generator=g), torch.rand(rows, classes, generator=g).bfloat16()
-        return [LogSumExp(where=Rest(t)), Score(t), Sum(weights), SumOf("softplus", row=row), Max(), Mass()]
+        return [LogSumExp(where=Rest(t)), Score(t), Sum(weights), SumOf("softplus", row=row), Max(), Count()]
 
     ALL_SUMS = ("bias", "class_scale", "class_shift", "scale", "largest")
 
@@ -223,7 +223,7 @@ if engine.interpreted():
         buffer[:, :classes] = z
         tile, exact = tiles(buffer[:, :classes], "bias and class vectors")
         t = torch.where(z[:, 3] == -INF, -1, 3)  # exponentials do not tell a score of -inf
-        stats = [Score(t), LogSumExp(where=Rest(torch.full((rows,), 5))), Mass()]
+        stats = [Score(t), LogSumExp(where=Rest(torch.full((rows,), 5))), Count()]
         (truth, sums) = gradients(tile, exact, stats, torch.empty(rows, classes), ("bias", "class_shift", "largest"))[1]
         kept = Exponentials(buffer.view(dtype)[:, :classes], torch.empty(-(-classes // block), rows), block)
         states, expected = ([s.identity(rows, "cpu") for s in stats] for _ in range(2))
@@ -258,7 +258,7 @@ if engine.interpreted():
         tile, exact = tiles(raw, "softcap", first=4)
         tile = replace(tile, data=None)
         t = torch.randint(4, classes + 4, (rows,))
-        for stats in ([Score(torch.stack([t, t - 9], 1)), LogSumExp(where=Rest(t)), Mass()],
+        for stats in ([Score(torch.stack([t, t - 9], 1)), LogSumExp(where=Rest(t)), Count()],
                       [Moments(), LogSumExp(), SumOfSquares(), SumOf("focal", parameter=2.0)]):  # fmt: skip
             keep = None
             if isinstance(stats[0], Score):

@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 from fusedloss.backends import triton_launch
 from fusedloss.backends.tile import Exponentials, Sums, Tile
 from fusedloss.relation import Rest
-from fusedloss.statistics import Expectation, LogSumExp, Mass, Moments, Score, Sum, SumOf, SumOfSquares, TopK
+from fusedloss.statistics import Count, Expectation, LogSumExp, Moments, Score, Sum, SumOf, SumOfSquares, TopK
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -96,7 +96,7 @@ def launches(hip: bool):
     entropy = [LogSumExp(where=Rest(ids)), Score(ids)]
     lists = {
         "entropy": entropy,
-        "smooth": [*entropy, Sum(vector), Mass(vector)],
+        "smooth": [*entropy, Sum(vector), Count(vector)],
         "focal": [SumOf("focal", parameter=2.0, row=torch.empty(rows))],
         "others": [Expectation(vector, torch.empty(rows), power=2), Moments(), SumOfSquares()],
         "list": [TopK(5)],

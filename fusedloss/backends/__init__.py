@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from torch import device as Device, dtype as DType
+from torch import device as Device
+from torch import dtype as DType
 
 # `torch` and `triton` below are the backends of those names, not the packages.
-from . import cpu, torch, triton
+from . import cpu, cuda, torch, triton
 
 # In order of preference; the last one takes everything.
-BACKENDS: tuple[ModuleType, ...] = (cpu, triton, torch)
+BACKENDS: tuple[ModuleType, ...] = (cpu, cuda, triton, torch)
 
 
 def choose(device: Device, dtype: DType, wanted: str = "auto") -> ModuleType:

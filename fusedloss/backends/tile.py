@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -67,22 +68,30 @@ class Sums:
 
 @dataclass(frozen=True, eq=False)
 class Exponentials:
-    """What is kept of a tile between its two passes where that is enough: e_ij = exp(z_ij − shift[j // block, i]), 0
-    where the log-sum-exp does not look. One exponential per score instead of two, and a relative rounding error that
+    """What is kept of a tile between its two passes where that is enough: e_ij = exp(z_ij − shift_bi), b = j // block,
+    0 where the log-sum-exp does not look. One exponential per score instead of two, and a relative rounding error that
     does not grow with the scores, as that of scores kept in half precision does."""
 
-    data: Tensor  # (n, m), in the type of the GEMMs' operands; may be the tile's own memory
-    shift: Tensor  # (ceil(m / block), n) float32
-    block: int  # columns to each row of shift
+    data: Tensor  # (n, m), in the type of the GEMMs' operands
+    shift: Tensor  # (⌈m / block⌉, n)
+    block: int  # columns that share a shift
+
+    def columns(self) -> Iterator[tuple[slice, Tensor]]:
+        """The blocks of columns, each with its shift (n,)."""
+        for number, shift in enumerate(self.shift):
+            yield slice(number * self.block, min(self.data.shape[1], (number + 1) * self.block)), shift
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What sizes of chunks and blocks suit a backend on a device."""
+    """How a backend likes its tiles; `schedule.plan` keeps to it."""
 
-    eager_rows: int  # fewest rows per chunk at which keeping the tile beats computing it again
-    most_rows: int  # most rows per chunk
-    block_bytes: int  # of a block of scores between the GEMM that writes it and the pass that reads it
-    block_columns: int  # its most columns
-    cached_bytes: int  # a dW this small stays in the caches
-    kept_columns: int  # columns to each row of `Exponentials.shift`
+    budget: int  # bytes of a tile when the caller names no budget
+    eager_rows: int  # fewest rows per chunk at which the eager schedule beats recomputing
+    most_rows: int  # most rows per chunk: more make the GEMMs no faster, and the tile larger
+    block_bytes: int  # eager: a block of scores between the GEMM that writes it and the pass that reads it
+    recompute_bytes: int  # recompute: the same
+    block_columns: int
+    cached_bytes: int  # a dW this small is added to for nothing
+    kept_columns: int  # columns that share a shift in `Exponentials`
+    in_place: bool  # narrow kept exponentials in the fp32 tile itself, rather than from a scratch block

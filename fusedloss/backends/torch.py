@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..statistics import LogSumExp, Score, Statistic
-from .tile import Exponentials, Sums, Tile
+from .tile import Exponentials, Limits, Sums, Tile
 
 name = "torch"
 
@@ -20,6 +20,12 @@ def supports(device: torch.device, dtype: torch.dtype) -> bool:
 def why_not() -> str | None:
     """Why this backend cannot run here; None when it can."""
     return None
+
+
+def limits(device: torch.device) -> Limits:
+    if device.type == "cpu":
+        return Limits(256 << 20, 192, 2048, 8 << 20, 8 << 20, 2048, 4 << 20, 2048, in_place=False)
+    return Limits(1 << 30, 512, 4096, 1 << 30, 64 << 20, 1 << 40, 0, 4096, in_place=True)
 
 
 def gemm(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
@@ -34,6 +40,11 @@ def gemm(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
             out.copy_(a @ b)
 
 
+def take_columns(matrix: Tensor, columns: Tensor) -> Tensor:
+    """matrix[:, columns] for rising columns; it may lie in the matrix' own memory, which is then spoilt."""
+    return matrix.index_select(1, columns)
+
+
 def statistics(
     tile: Tile, stats: Sequence[Statistic], states: Sequence[Tensor], keep: Exponentials | None = None
 ) -> None:
@@ -44,10 +55,11 @@ def statistics(
     if keep is not None:  # last: it may take the tile's own memory
         (lse,) = [s for s in stats if isinstance(s, LogSumExp)]
         seen = lse.visible(z, tile.first)
-        for number, columns in enumerate(seen.split(keep.block, dim=1)):
-            top = columns.amax(1)
-            keep.shift[number] = torch.where(top == -torch.inf, 0.0, top)
-        keep.data.copy_(torch.exp(seen - _per_column(keep)))
+        for columns, shift in keep.columns():
+            top = seen[:, columns].amax(1)
+            shift.copy_(torch.where(top == -torch.inf, 0.0, top))
+            seen[:, columns] -= shift.unsqueeze(1)
+        keep.data.copy_(torch.exp(seen))
 
 
 def gradient(
@@ -87,12 +99,6 @@ def gradient(
     out.copy_(slope)
 
 
-def _per_column(kept: Exponentials) -> Tensor:
-    """The shift of every element, (n, m)."""
-    block = torch.arange(kept.data.shape[1], device=kept.data.device) // kept.block
-    return kept.shift[block].t()
-
-
 def gradient_of_exponentials(
     tile: Tile,
     kept: Exponentials,
@@ -105,9 +111,11 @@ def gradient_of_exponentials(
     slope = torch.zeros(kept.data.shape, dtype=kept.shift.dtype, device=kept.data.device)
     for statistic, state, coefficient in zip(stats, states, coefficients):
         if isinstance(statistic, LogSumExp):
-            factor = coefficient * torch.exp(_per_column(kept) - statistic.value(state))
-            factor = torch.where(coefficient == 0, 0.0, factor).to(slope.dtype)
-            slope += torch.where(kept.data == 0, 0.0, kept.data.to(slope.dtype) * factor)
+            weight, lse = coefficient[:, 0], statistic.value(state)[:, 0]
+            for columns, shift in kept.columns():
+                factor = torch.where(weight == 0, 0.0, weight * torch.exp(shift - lse)).to(slope.dtype)
+                e = kept.data[:, columns]
+                slope[:, columns] += torch.where(e == 0, 0.0, e.to(slope.dtype) * factor.unsqueeze(1))
         elif isinstance(statistic, Score):
             slope += statistic.slope(slope, tile.first, state, coefficient.to(slope.dtype))
     if sums.class_shift is not None:

@@ -18,8 +18,10 @@ from torch import Tensor
 
 from .. import __path__ as package_path
 from ..statistics import Statistic
+from .cuda import gemm as device_gemm
 from .tile import Exponentials, Limits, Sums, Tile
 from .torch import gemm as plain_gemm
+from .torch import take_columns as take_columns
 
 # An installed fusedloss has the folder kernels/ as fusedloss.kernels; in a bare checkout it lies beside the package.
 if importlib.util.find_spec("fusedloss.kernels") is None:
@@ -64,34 +66,24 @@ def describe(dtype: torch.dtype) -> str:
 def limits(device: torch.device) -> Limits:
     """Whole row chunks: there is no cache that a block of scores could stay in, and few launches are what counts."""
     return Limits(
-        eager_rows=1024,
+        budget=1 << 30,
+        eager_rows=512,
         most_rows=4096,
         block_bytes=1 << 30,
+        recompute_bytes=64 << 20,
         block_columns=1 << 62,
-        cached_bytes=16 << 20,
+        cached_bytes=0,
         kept_columns=4096,
+        in_place=True,
     )
 
 
 # --- GEMM with fp32 sums ---------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def _widens() -> bool:
-    """Whether this torch multiplies half operands into an fp32 matrix (on CUDA since torch 2.8)."""
-    return hasattr(torch.ops.aten.mm, "dtype_out") and hasattr(torch.ops.aten.addmm, "dtype_out")
-
-
 def gemm(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
-    """out = a @ b, or out += a @ b, fp32 sums whatever the operands' type; columns of out contiguous."""
-    if out.device.type != "cuda" or a.dtype == out.dtype or not _widens():
-        plain_gemm(out, a, b, accumulate)
-        return
-    with torch.autocast(out.device.type, enabled=False):  # it would round the products to its own type
-        if accumulate:
-            torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
-        else:
-            torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
+    """out = a @ b, or out += a @ b, fp32 sums whatever the operands' type: cuBLAS or hipBLAS."""
+    (device_gemm if out.device.type == "cuda" else plain_gemm)(out, a, b, accumulate)
 
 
 # --- tile primitives -------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ SUMS_BLOCK = 2048  # the same where sums over rows are kept in registers too
 SMALLEST = 64  # columns of a block, at least
 MOST_KEPT = 16384  # columns to a row of `Exponentials.shift`, at most
 LINEAR_ROWS, LINEAR_COLUMNS = 128, 2 * LINEAR_KEPT_COLUMNS  # scores in the accumulators of one program
-LIGHT = (S.LogSumExp, S.Score, S.Sum, S.Mass)  # statistics whose arithmetic leaves registers for that many
+LIGHT = (S.LogSumExp, S.Score, S.Sum, S.Count)  # statistics whose arithmetic leaves registers for that many
 MOST_PICKED = 8  # columns of a Score that are looked for in each such block
 PROGRAMS = 1024  # enough to fill a GPU: below it, columns are split over programs too
 GROUPS = 256  # groups of rows that sums over rows are first taken of: a row of fp32 scratch for each
@@ -84,7 +84,7 @@ _FIELDS = {
     S.Score: _score,
     S.LogSumExp: lambda s: {"kind": W.LOGSUMEXP, "factor": s.factor},
     S.Sum: lambda s: {"kind": W.SUM, "operand": s.weights},
-    S.Mass: lambda s: {"kind": W.MASS, "operand": s.weights},
+    S.Count: lambda s: {"kind": W.COUNT_SEEN, "operand": s.weights},
     S.SumOfSquares: lambda s: {"kind": W.SUM_OF_SQUARES},
     S.Moments: lambda s: {"kind": W.MOMENTS},
     S.Expectation: _expectation,
@@ -257,7 +257,7 @@ def linear_launches(x, weight, tile, stats, states, keep=None, hip=torch.version
     if keep is not None and (keep.block != LINEAR_KEPT_COLUMNS or not light):
         raise ValueError(
             f"fusedloss: triton: exponentials of a product are kept with a shift for every {LINEAR_KEPT_COLUMNS} "
-            f"columns, beside scores and masses; got {keep.block} columns, {[type(s).__name__ for s in stats]}"
+            f"columns, beside scores and counts; got {keep.block} columns, {[type(s).__name__ for s in stats]}"
         )
     if rows == 0 or columns == 0 or not stats:
         return

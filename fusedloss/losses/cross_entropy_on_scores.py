@@ -1,4 +1,4 @@
-"""Cross-entropy on statistics: what `cross_entropy` and `linear_cross_entropy` share."""
+"""Cross-entropy on scores: what `cross_entropy` and `linear_cross_entropy` share."""
 
 from __future__ import annotations
 
@@ -8,69 +8,11 @@ import torch
 from torch import Tensor
 
 from ..checks import check_reduction, expect
-from ..numerics import log_partition, nll
-from ..relation import Rest
-from ..row_loss import checked_target, evaluate, register, row_factors
-from ..scores import Scores
-from ..statistics import LogSumExp, Mass, Score, Sum
-
-
-@register
-def indexed(scores, target, *, class_weight=None, label_smoothing=0.0, z_loss=0.0):
-    """(1 − ε) w_y (lse − s_y) + (ε / V) Σ_j w_j (lse − s_j) + λ lse²."""
-    others = Rest(target)
-    if label_smoothing:
-        asked = LogSumExp(where=others), Score(target), Sum(class_weight), Mass(_present(class_weight))
-        lse, hit, total, seen = scores.reduce(*asked)
-    else:
-        lse, hit = scores.reduce(LogSumExp(where=others), Score(target))
-    loss = nll(lse, hit)
-    if class_weight is not None:
-        loss = loss * class_weight[target]
-    if label_smoothing:
-        mass = scores.columns if class_weight is None else class_weight.sum()
-        spread = (mass * log_partition(lse, hit) - total) / scores.columns
-        spread = spread + _infinite(seen < _count(class_weight, scores.columns))
-        # With ε = 1 the first part counts nothing, be it infinite.
-        loss = label_smoothing * spread + ((1 - label_smoothing) * loss if label_smoothing < 1 else 0.0)
-    return loss + z_loss * log_partition(lse, hit).square() if penalised(z_loss) else loss
-
-
-@register
-def probable(scores, target, present, total, count, *, class_weight=None, label_smoothing=0.0, z_loss=0.0):
-    """Σ_j w_j y_j (lse − s_j) for target probabilities y, smoothed with ε.
-
-    `target` is w y already, `present` is 1 where that is not 0, and `total` and `count` are the sums of the two.
-    """
-    asked = [LogSumExp(), Sum(target), Mass(present)]
-    if label_smoothing:
-        asked += [Sum(class_weight), Mass(_present(class_weight))]
-    lse, hit, seen, *smooth = scores.reduce(*asked)
-    # Probability on a class of score -inf is an infinite loss; y_j = 0 there is none (torch: 0 · inf = NaN).
-    loss = total * lse - hit + _infinite(seen < count)
-    if label_smoothing:
-        spread = (scores.columns if class_weight is None else class_weight.sum()) * lse - smooth[0]
-        spread = spread + _infinite(smooth[1] < _count(class_weight, scores.columns))
-        spread = label_smoothing / scores.columns * spread
-        loss = spread + ((1 - label_smoothing) * loss if label_smoothing < 1 else 0.0)
-    return loss + z_loss * lse.square() if penalised(z_loss) else loss
-
-
-def _infinite(impossible: Tensor) -> Tensor:
-    """What a share of the target on a class of score -inf adds; the gradient at the other classes stays."""
-    return torch.where(impossible, torch.inf, 0.0)
-
-
-def _present(class_weight: Tensor | None) -> Tensor | None:
-    return None if class_weight is None else (class_weight != 0).to(class_weight.dtype)
-
-
-def _count(class_weight: Tensor | None, columns: int) -> Tensor | int:
-    return columns if class_weight is None else (class_weight != 0).sum()
-
-
-def penalised(z_loss: float | Tensor) -> bool:
-    return isinstance(z_loss, Tensor) or z_loss != 0.0
+from ..row_loss import evaluate, row_factors
+from ..scores import Scores, logits_scores
+from ..statistics import Count
+from ..targets import checked_target
+from .cross_entropy_on_statistics import indexed, penalised, probable
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +36,9 @@ def check(name: str, scores: Scores, target: Tensor, given: Options) -> None:
     weight, row_weight, index = given.weight, given.row_weight, given.ignore_index
     check_reduction(name, given.reduction)
     expect(isinstance(target, Tensor), name, "target", "a tensor", target, TypeError)
-    expect(index is None or isinstance(index, (int, torch.SymInt)), name, "ignore_index", "an integer", index, TypeError)
+    expect(
+        index is None or isinstance(index, (int, torch.SymInt)), name, "ignore_index", "an integer", index, TypeError
+    )
     if weight is not None:
         expect(weight.is_floating_point(), name, "weight", "floating point", weight.dtype, TypeError)
         expect(weight.shape == (scores.columns,), name, "weight", f"({scores.columns},)", weight)
@@ -117,16 +61,16 @@ def on_scores(name: str, scores: Scores, target: Tensor, given: Options) -> Tens
         expect(index is None or index < 0, name, "ignore_index", "None with target probabilities", index)
         y = target.reshape(-1, scores.columns)
         y = y if weight is None else y * weight
-        factor = row_factors(scores, None, None, row_weight, reduction)
-        present = (y != 0).to(torch.bfloat16)  # the smallest type that every backend reads
-        rows = [y, present, y.sum(1, dtype=scores.dtype), present.sum(1, dtype=scores.dtype)]
+        factor = row_factors(scores, None, None, None, row_weight, reduction)
+        count = logits_scores(y.detach()).reduce(Count(y.detach())).to(scores.dtype)  # (y != 0).sum(1), nothing N × V
+        rows = [y, y.sum(1, dtype=scores.dtype), count]
         return evaluate(probable.key, scores, None, factor, rows, shared, options, reduction)
-    safe, keep = checked_target(name, scores, target, -100 if given.ignore_index is None else given.ignore_index)
+    safe, keep, valid = checked_target(name, scores, target, -100 if given.ignore_index is None else given.ignore_index)
     if reduction != "mean" or weight is None:
-        factor = row_factors(scores, keep, None, row_weight, reduction)
+        factor = row_factors(scores, keep, valid, None, row_weight, reduction)
         return evaluate(indexed.key, scores, keep, factor, [safe], shared, options, reduction)
     # The weighted mean divides by the targets' weights, the z-loss' mean by the row weights alone: fold the quotient in.
-    rows = row_factors(scores, keep, None, row_weight, "sum")
+    rows = row_factors(scores, keep, valid, None, row_weight, "sum")
     divisor = (rows * weight[safe]).sum()
     factor = torch.where(divisor == 0, 0.0, rows / torch.where(divisor == 0, 1.0, divisor))
     wanted, _ = penalised(z_loss), options.pop("z_loss", None)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ..checks import check_reduction, expect
-from ..row_loss import integral
 from ..scores import check_linear, linear_scores
-from .cross_entropy_on_scores import Options, on_scores, penalised, probabilities
+from ..targets import integral
+from .cross_entropy_on_scores import Options, on_scores, probabilities
+from .cross_entropy_on_statistics import penalised
 
 
 def linear_cross_entropy(
@@ -85,7 +86,7 @@ def _many_heads(
     else:  # all of it, before anything is computed
         expect(target.shape == shape, name, "target", f"shape {shape}", target)
         expect(integral(target), name, "target", "an integer tensor of class indices", target.dtype, TypeError)
-        safe, keep = torch.ops.fusedloss.checked_target(target, classes, -100 if index is None else index, name)
+        safe, keep, _ = torch.ops.fusedloss.checked_target(target, classes, -100 if index is None else index, name)
         by_head, counting = target.reshape(rows, heads), keep.reshape(rows, heads).to(wide)
     if row_weight is not None:
         counting = counting * row_weight.reshape(rows, heads)

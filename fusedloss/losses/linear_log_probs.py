@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ..numerics import log_partition, nll
 from ..relation import Rest
-from ..row_loss import checked_target
 from ..scores import linear_scores
 from ..statistics import Expectation, LogSumExp, Score
+from ..targets import checked_target
 
 
 class LogProbs(NamedTuple):
@@ -56,12 +56,13 @@ def linear_log_probs(
     """
     options = dict(bias=linear_bias, softcap=softcap, scale=scale, temperature=temperature, **walk)
     scores = linear_scores(input, linear_weight, **options)
-    target, keep = checked_target("linear_log_probs", scores, target, ignore_index)
+    target, keep, valid = checked_target("linear_log_probs", scores, target, ignore_index)
     asked = [LogSumExp(where=Rest(target)), Score(target)] + ([Expectation()] if return_entropy else [])
     lse_rest, hit, *mean = scores.keeping(keep).reduce(*asked)
 
     def shown(values: Tensor) -> Tensor:
-        return torch.where(keep, values, 0.0).to(scores.dtype).reshape(scores.leading)
+        values = torch.where(keep, values, 0.0).to(scores.dtype).reshape(scores.leading)
+        return values if valid is None else values * valid
 
     log_probs = shown(-nll(lse_rest, hit))
     if not (return_lse or return_entropy):

@@ -9,7 +9,7 @@ from ..checks import expect
 from ..numerics import log_partition, nll
 from ..relation import Rest
 from ..row_loss import row_loss
-from ..statistics import LogSumExp, Mass, Score, Sum
+from ..statistics import Count, LogSumExp, Score, Sum
 
 
 @row_loss
@@ -21,7 +21,7 @@ def normalized_cross_entropy(scores, target):
     is not -inf. The gradient is of the size 1 / (V log V): the paper multiplies the loss by up to 10 for 100 classes.
     """
     expect(scores.columns >= 2, "normalized_cross_entropy", "scores", "at least two classes", scores.columns)
-    lse, hit, total, seen = scores.reduce(LogSumExp(where=Rest(target)), Score(target), Sum(), Mass())
+    lse, hit, total, seen = scores.reduce(LogSumExp(where=Rest(target)), Score(target), Sum(), Count())
     loss = nll(lse, hit)
     all_classes = seen * log_partition(lse, hit) - total
     alone = all_classes <= 0  # every other class is masked: p = 1

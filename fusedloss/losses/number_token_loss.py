@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from ..checks import check_number, expect
-from ..row_loss import COMMON, checked_target, row_loss
+from ..row_loss import COMMON, row_loss
 from ..scores import Scores, as_scores
 from ..statistics import LogSumExp, Score
+from ..targets import checked_target
 
 
 @row_loss
@@ -66,13 +67,14 @@ def number_token_loss(
         least, largest = torch.where(table > 0, table, torch.inf).amin(), table.amax()
         step = torch.where(largest > least, (squash_factor - 1) / (largest - least), 0.0)
         table = torch.where(table > 0, 1 + (table - least) * step, 0.0)
-    checked_target(name, scores, target, ignore_index)
+    _, _, valid = checked_target(name, scores, target, ignore_index)
     same = target.unsqueeze(-1) == number_ids
     index = torch.where(same.any(-1) & (target != ignore_index), same.long().argmax(-1), -100)
     if not reweigh:
         scores, number_ids = scores.at_columns(number_ids), torch.arange(number_ids.shape[0], device=number_ids.device)
     options = dict(columns=number_ids, table=table, squared=form == "mse", reweigh=reweigh)
-    return _number_token_loss(scores, index, **options, row_weight=row_weight, reduction=reduction)
+    loss = _number_token_loss(scores, index, **options, row_weight=row_weight, reduction=reduction)
+    return loss if valid is None else loss * valid
 
 
 number_token_loss.__doc__ += COMMON

@@ -9,7 +9,7 @@ from ..checks import check_number, expect
 from ..numerics import log_partition, nll
 from ..relation import Rest
 from ..row_loss import row_loss
-from ..statistics import LogSumExp, Mass, Score, Sum
+from ..statistics import Count, LogSumExp, Score, Sum
 
 
 @row_loss
@@ -29,7 +29,7 @@ def poly_loss(scores, target, *, epsilon: float | Tensor | tuple = 2.0, label_sm
     expect(not isinstance(label_smoothing, Tensor), name, "label_smoothing", "a number", label_smoothing, TypeError)
     check_number(name, "label_smoothing", label_smoothing, 0, 1)
     asked = [LogSumExp(where=Rest(target)), Score(target)]
-    lse, hit, *smooth = scores.reduce(*asked, Sum(), Mass()) if label_smoothing else scores.reduce(*asked)
+    lse, hit, *smooth = scores.reduce(*asked, Sum(), Count()) if label_smoothing else scores.reduce(*asked)
     loss = nll(lse, hit)
     away = -torch.expm1(-loss)  # 1 − p, exact however close p is to 1
     if label_smoothing:

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..checks import check_number
 from ..relation import Rest
 from ..row_loss import row_loss
-from ..statistics import Mass, Score, SumOfSquares
+from ..statistics import Count, Score, SumOfSquares
 
 
 @row_loss
@@ -25,7 +25,7 @@ def spherical_softmax_loss(scores, target, *, eps: float | Tensor = 0.01):
     """
     check_number("spherical_softmax_loss", "eps", eps, 0, above=True)
     others = Rest(target)
-    squares, count, hit = scores.reduce(SumOfSquares(where=others), Mass(where=others), Score(target))
+    squares, count, hit = scores.reduce(SumOfSquares(where=others), Count(where=others), Score(target))
     return torch.log1p((squares + count * eps) / (hit.square() + eps))
 
 

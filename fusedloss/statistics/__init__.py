@@ -4,10 +4,10 @@ from ..relation import Rest
 from .base import Statistic
 from .exponentials import Expectation, LogSumExp
 from .extremes import Extreme, Max, Min, TopK
-from .sums import FUNCTIONS, Mass, Moments, Score, Sum, SumOf, SumOfSquares
+from .sums import FUNCTIONS, Count, Moments, Score, Sum, SumOf, SumOfSquares
 
 KINDS = {
-    kind.__name__: kind for kind in (Score, LogSumExp, Sum, Mass, SumOfSquares, Moments, Expectation, SumOf, Extreme)
+    kind.__name__: kind for kind in (Score, LogSumExp, Sum, Count, SumOfSquares, Moments, Expectation, SumOf, Extreme)
 }
 
 

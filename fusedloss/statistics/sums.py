@@ -24,6 +24,10 @@ class Score(Statistic):
     columns: Tensor | None = None
     roles = (("at", ROWS), ("columns", IDS))
 
+    def columns_of(self, rows: int) -> Tensor:
+        """(rows, k) columns of each row, negative for none."""
+        return self._wanted().expand(rows, -1)
+
     def _wanted(self) -> Tensor:
         if self.columns is not None:
             return self.columns.unsqueeze(0)
@@ -74,10 +78,10 @@ class Sum(Statistic):
 
 
 @dataclass(frozen=True, eq=False)
-class Mass(Statistic):
-    """Σ_j w_j over the classes whose score is not -inf: what a masked class takes out of a weighted mean. No gradient.
+class Count(Statistic):
+    """Number of classes whose score is not -inf and whose weight is not 0: it tells what masks took away. No gradient.
 
-    ``weights`` as in `Sum`; None counts the classes.
+    ``weights`` as in `Sum`; None counts them all.
     """
 
     weights: Tensor | None = None
@@ -86,7 +90,7 @@ class Mass(Statistic):
 
     def of(self, z, first):
         seen = (self.visible(z, first) != -torch.inf).to(z.dtype)
-        return summed(seen if self.weights is None else seen * self.weights.to(z.dtype)).unsqueeze(1)
+        return summed(seen if self.weights is None else seen * (self.weights != 0)).unsqueeze(1)
 
     def slope(self, z, first, state, coefficient):
         return torch.zeros_like(z)

@@ -1,0 +1,152 @@
+"""The CUDA backend: the compiled tile primitives of csrc/*.cu, and cuBLAS with fp32 sums."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .. import statistics as S
+from .native import DTYPES, _native, arguments, load_error, native_sums, native_tile
+from .tile import Exponentials, Limits, Sums, Tile
+
+name = "cuda"
+
+
+def why_not() -> str | None:
+    """Why this backend cannot run here; None when it can."""
+    if load_error is not None:
+        return load_error
+    if not _native.cuda_compiled():
+        return "the extension was built without nvcc: it has no CUDA kernels"
+    if torch.version.cuda is None:
+        return "this PyTorch was built without CUDA"
+    if not torch.cuda.is_available():
+        return "torch.cuda.is_available() is False: no CUDA device or no driver"
+    return None
+
+
+def supports(device: torch.device, dtype: torch.dtype) -> bool:
+    """float64 is left to the torch backend: it is for checking, not for speed."""
+    return device.type == "cuda" and dtype in DTYPES
+
+
+def limits(device: torch.device) -> Limits:
+    """A start, not yet measured: tiles that keep any device busy, whole rows of them."""
+    return Limits(
+        budget=1 << 30,
+        eager_rows=512,
+        most_rows=4096,
+        block_bytes=1 << 30,
+        block_columns=1 << 62,
+        cached_bytes=0,
+        kept_columns=4096,
+        in_place=True,
+    )
+
+
+# --- GEMM with fp32 sums ---------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _adds_products(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether this PyTorch adds products of half-precision operands to a float32 matrix. Tried once, on next to nothing:
+    it refuses, if it does, before anything is launched."""
+    a, out = torch.zeros(8, 8, dtype=dtype, device=device), torch.zeros(8, 8, device=device)
+    try:
+        torch.addmm(out, a, a, out_dtype=torch.float32, out=out)
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
+def gemm(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
+    """out = a @ b, or out += a @ b, fp32 sums and results whatever the operands' type.
+
+    float32 operands are multiplied as `torch.backends.cuda.matmul` says, in TF32 if that is what the user chose.
+    """
+    with torch.autocast(out.device.type, enabled=False):  # it would round the products to its own type
+        if a.dtype == out.dtype:
+            if accumulate:
+                out.addmm_(a, b)
+            else:
+                torch.mm(a, b, out=out)
+        elif not accumulate:
+            torch.mm(a, b, out_dtype=out.dtype, out=out)
+        elif _adds_products(a.dtype, a.device):
+            torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+        else:
+            out += torch.mm(a, b, out_dtype=out.dtype)
+
+
+def take_columns(matrix: Tensor, columns: Tensor) -> Tensor:
+    """matrix[:, columns] for rising columns; it may lie in the matrix' own memory, which is then spoilt."""
+    return matrix.index_select(1, columns)
+
+
+# --- tile primitives -------------------------------------------------------------------------------------------------
+
+
+def _launch(device: torch.device, bytes: int, call: Callable[[int, int, int], None]) -> None:
+    """call(workspace, its bytes, stream) on the stream that PyTorch is using. Nothing waits: PyTorch's allocator hands
+    memory out again in the order of the stream."""
+    with torch.cuda.device(device):
+        workspace = torch.empty(bytes, dtype=torch.uint8, device=device)
+        call(workspace.data_ptr(), bytes, torch.cuda.current_stream(device).cuda_stream)
+
+
+def statistics(
+    tile: Tile, stats: Sequence[S.Statistic], states: Sequence[Tensor], keep: Exponentials | None = None
+) -> None:
+    """Merge the tile into the states, in place; with `keep`, also fill it in for `gradient_of_exponentials`."""
+    given = arguments(stats, states, kept=keep)
+    what = native_tile(tile), [a.native for a in given]
+    _launch(
+        tile.data.device,
+        _native.cuda_statistics_workspace(*what),
+        lambda *memory: _native.cuda_statistics(*what, *memory),
+    )
+
+
+def gradient(
+    tile: Tile,
+    out: Tensor,
+    stats: Sequence[S.Statistic],
+    states: Sequence[Tensor],
+    coefficients: Sequence[Tensor],
+    sums: Sums,
+) -> None:
+    """out = ∂L/∂a of the tile, given ∂L/∂value of every statistic; `out` may share the tile's memory."""
+    given = arguments(stats, states, coefficients)
+    what = [a.native for a in given], native_sums(sums)
+    native, to = native_tile(tile), (out.data_ptr(), out.stride(0), DTYPES[out.dtype])
+    _launch(
+        tile.data.device,
+        _native.cuda_gradient_workspace(native, *what),
+        lambda *memory: _native.cuda_gradient(native, *to, *what, *memory),
+    )
+
+
+def gradient_of_exponentials(
+    tile: Tile,
+    kept: Exponentials,
+    stats: Sequence[S.Statistic],
+    states: Sequence[Tensor],
+    coefficients: Sequence[Tensor],
+    sums: Sums,
+) -> None:
+    """∂L/∂a in place of kept.data. The statistics are one LogSumExp of factor 1, and Scores; `tile.data` is not read."""
+    given = arguments(stats, states, coefficients, kept)
+    what = native_tile(replace(tile, data=kept.data)), [a.native for a in given], native_sums(sums)
+    _launch(
+        kept.data.device,
+        _native.cuda_gradient_workspace(*what),
+        lambda *memory: _native.cuda_gradient_of_exponentials(*what, *memory),
+    )
+
+
+def describe(dtype: torch.dtype) -> str:
+    return f"cuda (compiled kernels, {'cuBLAS' if dtype == torch.float32 else 'cuBLAS with fp32 sums'})"

@@ -1,0 +1,153 @@
+"""What the backends with compiled kernels share: the extension, and a tile and its statistics as it takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import statistics as S
+from .tile import Exponentials, Sums, Tile
+
+try:
+    from .. import _native
+
+    load_error = None
+except ImportError as error:  # kept, and shown by `info()`
+    _native, load_error = None, f"the compiled extension did not load: {error!r}"
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def native_tile(tile: Tile):
+    return _native.Tile(
+        data=tile.data.data_ptr(),
+        rows=tile.data.shape[0],
+        columns=tile.data.shape[1],
+        stride=tile.data.stride(0),
+        dtype=DTYPES[tile.data.dtype],
+        first_column=tile.first,
+        softcap=tile.softcap,
+        scale=tile.scale,
+        bias=address(tile.bias),
+        class_scale=address(tile.class_scale),
+        class_shift=address(tile.class_shift),
+    )
+
+
+def native_sums(sums: Sums):
+    fields = ("bias", "class_shift", "class_scale", "scale", "largest")
+    asked = {field: address(getattr(sums, field)) for field in fields}
+    return _native.Sums(**asked) if any(asked.values()) else None
+
+
+class Arguments:
+    """One statistic for the extension, and the tensors that must outlive the call."""
+
+    def __init__(
+        self,
+        statistic: S.Statistic,
+        state: Tensor,
+        coefficient: Tensor | None = None,
+        kept: Exponentials | None = None,
+    ):
+        self.held: list[Tensor] = []
+        self.device = state.device
+        where = getattr(statistic, "where", None)
+        fields = _FIELDS[type(statistic)](self, statistic)
+        if where is not None:
+            fields |= {"where": _native.REST, "rest": self.hold(where.column, torch.int64)}
+        if kept is not None and isinstance(statistic, S.LogSumExp):
+            data, shift = kept.data, kept.shift
+            assert shift.dtype == torch.float32 and shift.is_contiguous()
+            fields |= {"keep": data.data_ptr(), "keep_stride": data.stride(0), "keep_dtype": DTYPES[data.dtype]}
+            fields |= {"keep_block": kept.block, "keep_shift": shift.data_ptr()}
+        if coefficient is not None:
+            fields["coefficient"] = self.hold(coefficient, torch.float32)
+        assert state.is_contiguous()
+        self.native = _native.Statistic(state=state.data_ptr(), **fields)
+
+    def hold(self, tensor: Tensor | None, dtype: torch.dtype | None = None) -> int:
+        if tensor is None:
+            return 0
+        self.held.append(tensor.to(self.device, dtype or tensor.dtype).contiguous())
+        return self.held[-1].data_ptr()
+
+    def operand(self, tensor: Tensor | None) -> dict:
+        """A class vector, or a matrix that is read where it lies."""
+        if tensor is None:
+            return {}
+        if tensor.dim() == 2 and tensor.dtype in DTYPES and tensor.stride(1) == 1 and tensor.device == self.device:
+            self.held.append(tensor)
+            return {
+                "operand": tensor.data_ptr(),
+                "operand_stride": tensor.stride(0),
+                "operand_dtype": DTYPES[tensor.dtype],
+            }
+        stride = tensor.shape[1] if tensor.dim() == 2 else 0
+        return {"operand": self.hold(tensor, torch.float32), "operand_stride": stride}
+
+    def score(self, s: S.Score) -> dict:
+        shared = s.columns is not None
+        at = s.columns if shared else s.at
+        return {
+            "kind": _native.SCORE,
+            "count": s.width,
+            "at": self.hold(at, torch.int64),
+            "at_stride": 0 if shared else s.width,
+        }
+
+    def expectation(self, s: S.Expectation) -> dict:
+        if s.values is None:
+            function = _native.V_SCORE
+        elif s.near is None:
+            function = _native.V_OPERAND
+        else:
+            function = _native.V_ABSOLUTE if s.power == 1 else _native.V_SQUARE
+        row = self.hold(s.near, torch.float32)
+        return {
+            "kind": _native.EXPECTATION,
+            "function": function,
+            "factor": s.factor,
+            "row": row,
+            **self.operand(s.values),
+        }
+
+    def sum_of(self, s: S.SumOf) -> dict:
+        function = getattr(_native, f"F_{s.function.upper()}")
+        row = self.hold(s.row, torch.float32)
+        return {"kind": _native.SUM_OF, "function": function, "factor": s.factor, "parameter": s.parameter, "row": row}
+
+
+_FIELDS = {
+    S.Score: Arguments.score,
+    S.LogSumExp: lambda self, s: {"kind": _native.LOGSUMEXP, "factor": s.factor},
+    S.Sum: lambda self, s: {"kind": _native.SUM, **self.operand(s.weights)},
+    S.Count: lambda self, s: {"kind": _native.COUNT, **self.operand(s.weights)},
+    S.SumOfSquares: lambda self, s: {"kind": _native.SUM_OF_SQUARES},
+    S.Moments: lambda self, s: {"kind": _native.MOMENTS},
+    S.Expectation: Arguments.expectation,
+    S.SumOf: Arguments.sum_of,
+    S.Extreme: lambda self, s: {"kind": _native.EXTREME, "count": s.k, "factor": s.factor},
+}
+
+
+def arguments(
+    stats: Sequence[S.Statistic],
+    states: Sequence[Tensor],
+    coefficients: Sequence[Tensor] | None = None,
+    kept: Exponentials | None = None,
+) -> list[Arguments]:
+    """A pass over a tile; `coefficients` make it the gradient's."""
+    given = []
+    for number, (statistic, state) in enumerate(zip(stats, states)):
+        coefficient = None if coefficients is None else coefficients[number]
+        if coefficient is not None and isinstance(statistic, S.Moments):
+            coefficient = coefficient[:, 1:]  # the count has no derivative
+        given.append(Arguments(statistic, state, coefficient, kept))
+    return given

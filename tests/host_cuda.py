@@ -1,0 +1,114 @@
+"""The CUDA kernels on the host: built with the host's compiler against tests/cuda_host, called like the extension."""
+
+import ctypes
+import functools
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+
+from fusedloss import _native
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = [ROOT / name for name in ("csrc/row_statistics.cu", "csrc/row_gradient.cu", "tests/cuda_host/host.cpp")]
+COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+
+
+def build(folder, name, *defines):
+    """A library of the kernels, one process per source."""
+    flags = ["-std=c++17", "-O2", "-fPIC", "-Wno-psabi", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE", "-DFL_CUDA_ON_HOST"]
+    flags += [f"-D{define}" for define in defines] + [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests' / 'cuda_host'}"]
+    objects = [folder / f"{name}_{source.stem}.o" for source in SOURCES]
+    running = [
+        subprocess.Popen([COMPILER, *flags, "-x", "c++", "-c", str(source), "-o", str(o)], stderr=subprocess.PIPE, text=True)
+        for source, o in zip(SOURCES, objects)
+    ]
+    for process in running:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+    library = folder / f"lib{name}.so"
+    subprocess.run([COMPILER, "-shared", *map(str, objects), "-o", str(library)], check=True)
+    return HostCuda(library)
+
+
+class HostCuda:
+    """Stands in for the extension in its CUDA functions, and for its CPU kernels where a test calls those."""
+
+    def __init__(self, library):
+        self.library = ctypes.CDLL(str(library))
+        self.library.fl_error.restype = ctypes.c_char_p
+        for name in ("fl_cuda_statistics_workspace", "fl_cuda_gradient_workspace"):
+            getattr(self.library, name).restype = ctypes.c_int64
+
+    def __getattr__(self, name):
+        return getattr(_native, name)
+
+    def seed(self, seed):
+        self.library.fl_host_seed(ctypes.c_uint64(seed))
+
+    def call(self, name, *arguments):
+        if getattr(self.library, name)(*arguments):
+            raise RuntimeError(self.library.fl_error().decode())
+
+    # As the extension has them.
+
+    def cuda_statistics_workspace(self, tile, stats):
+        return self.library.fl_cuda_statistics_workspace(bytes(tile), *_array(stats))
+
+    def cuda_statistics(self, tile, stats, *memory):
+        self.call("fl_cuda_statistics", bytes(tile), *_array(stats), *_memory(memory))
+
+    def cuda_gradient_workspace(self, tile, stats, sums):
+        return self.library.fl_cuda_gradient_workspace(bytes(tile), *_array(stats), sums and bytes(sums))
+
+    def cuda_gradient(self, tile, out, out_stride, out_dtype, stats, sums, *memory):
+        to = ctypes.c_void_p(out), ctypes.c_int64(out_stride), out_dtype
+        self.call("fl_cuda_gradient", bytes(tile), *to, *_array(stats), sums and bytes(sums), *_memory(memory))
+
+    def cuda_gradient_of_exponentials(self, tile, stats, sums, *memory):
+        what = bytes(tile), *_array(stats), sums and bytes(sums)
+        self.call("fl_cuda_gradient_of_exponentials", *what, *_memory(memory))
+
+    # As the CPU kernels are called: with a workspace that holds NaN, and nothing behind its end to be touched.
+
+    def statistics(self, tile, stats):
+        with Workspace(self.cuda_statistics_workspace(tile, stats)) as memory:
+            self.cuda_statistics(tile, stats, *memory)
+
+    def gradient(self, tile, out, out_stride, out_dtype, statistics, sums=None):
+        with Workspace(self.cuda_gradient_workspace(tile, statistics, sums)) as memory:
+            self.cuda_gradient(tile, out, out_stride, out_dtype, statistics, sums, *memory)
+
+    def gradient_of_exponentials(self, tile, stats, sums=None):
+        with Workspace(self.cuda_gradient_workspace(tile, stats, sums)) as memory:
+            self.cuda_gradient_of_exponentials(tile, stats, sums, *memory)
+
+
+def _array(stats):
+    return b"".join(map(bytes, stats)), len(stats)
+
+
+def _memory(memory):
+    workspace, size, stream = memory
+    return ctypes.c_void_p(workspace), ctypes.c_int64(size), ctypes.c_void_p(stream)
+
+
+class Workspace:
+    def __init__(self, size):
+        self.size, self.memory = size, torch.full((size + 80,), 255, dtype=torch.uint8)
+
+    def __enter__(self):
+        self.start = self.memory.data_ptr() + -self.memory.data_ptr() % 16
+        return self.start, self.size, 0
+
+    def __exit__(self, *error):
+        end = self.start - self.memory.data_ptr() + self.size
+        assert (self.memory[end:] == 255).all(), "written past the workspace"
+
+
+@functools.cache
+def missing():
+    """Why the kernels cannot be built here; None when they can."""
+    return None if COMPILER else "no C++ compiler (CXX, g++ or clang++) to build the kernels for the host"
