@@ -7,11 +7,11 @@ from types import ModuleType
 from torch import device as Device
 from torch import dtype as DType
 
-# `torch` below is the backend of that name, not the package.
-from . import cpu, cuda, torch
+# `torch` and `triton` below are the backends of those names, not the packages.
+from . import cpu, cuda, torch, triton
 
 # In order of preference; the last one takes everything.
-BACKENDS: tuple[ModuleType, ...] = (cpu, cuda, torch)
+BACKENDS: tuple[ModuleType, ...] = (cpu, cuda, triton, torch)
 
 
 def choose(device: Device, dtype: DType, wanted: str = "auto") -> ModuleType:

@@ -1,0 +1,53 @@
+"""Every Triton kernel compiled for every target that it is meant for, and what it takes there. Needs no GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+HERE = Path(__file__).parent
+# The budget of each kernel: registers of a thread and bytes of shared
+# memory of a program. 64 registers leave room for four programs of 256 threads on a multiprocessor,
+# 80 for three, 128 for two, 255 for one.
+REGISTERS = {
+    "statistics": 128,
+    "gradient": 255,  # with all five sums over rows at once, options and all; 96 without
+    "gradient_of_exponentials": 96,
+    "derivatives": 64,
+    "merge_parts": 64,
+    "linear_statistics": 255,
+}
+PLAIN_REGISTERS = {"statistics": 112, "gradient": 96}  # where raw scores are the scores
+SHARED = {"linear_statistics": 128 << 10, "gradient": 16 << 10, "gradient_of_exponentials": 8 << 10}
+MOST_SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+MATRIX = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "mfma"}
+KERNELS = {"statistics", "merge_parts", "gradient", "gradient_of_exponentials", "derivatives", "linear_statistics"}
+
+
+@pytest.mark.parametrize("target", MATRIX)
+def test_kernels_compile_within_their_budget(target, tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)  # what is tested is this compiler, not what a cache remembers
+    command = [sys.executable, str(HERE / "triton_compile.py"), target]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert run.returncode == 0, run.stderr[-6000:]
+    found = [json.loads(line) for line in run.stdout.splitlines()]
+    assert {each["kernel"] for each in found} == KERNELS
+    over = []
+    for each in found:
+        kernel, plain = each["kernel"], "options" not in each["title"]
+        most = SHARED.get(kernel, 1 << 10) if target != "gfx942" else MOST_SHARED[target]
+        if each["shared"] > most + 64:  # barriers of the pipeline
+            over.append(each)
+        if target == "sm_90":
+            registers = PLAIN_REGISTERS.get(kernel, REGISTERS[kernel]) if plain else REGISTERS[kernel]
+            if each["registers"] > registers or each["spilled"]:
+                over.append(each)
+        if kernel == "linear_statistics" and MATRIX[target] not in each["instructions"]:
+            over.append(each)
+    assert not over, "\n".join(map(str, over))

@@ -1,0 +1,144 @@
+"""Compiles the Triton kernels ahead of time, as the backend would launch them, and prints what they take: JSON lines.
+
+A program of its own, because the kernels must be defined without the interpreter, and because no GPU is needed:
+tests/test_triton_compile.py starts it and reads what it prints.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fusedloss.backends import triton_launch
+from fusedloss.backends.tile import Exponentials, Sums, Tile
+from fusedloss.relation import Rest
+from fusedloss.statistics import Count, Expectation, LogSumExp, Moments, Score, Sum, SumOf, SumOfSquares, TopK
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+NAMES = {
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+}
+
+
+def signature_of(value, path, constants, attributes):
+    """The type of an argument as a launch would see it: multiples of 16 and the number 1 are told to the compiler."""
+    if isinstance(value, tuple):
+        return tuple(signature_of(v, (*path, i), constants, attributes) for i, v in enumerate(value))
+    if isinstance(value, torch.Tensor):
+        if value.data_ptr() % 16 == 0:
+            attributes[path] = [["tt.divisibility", 16]]
+        return "*" + NAMES[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    if value == 1:
+        constants[path] = 1
+        return "constexpr"
+    if value % 16 == 0:
+        attributes[path] = [["tt.divisibility", 16]]
+    return "i32" if abs(value) < 2**31 else "i64"
+
+
+def compiled(launch, target):
+    signature, constants, attributes = {}, {}, {}
+    for place, name in enumerate(launch.kernel.arg_names):
+        if name in launch.constants:
+            signature[name], constants[(place,)] = "constexpr", launch.constants[name]
+        else:
+            signature[name] = signature_of(launch.arguments[name], (place,), constants, attributes)
+    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=target, options=launch.options)
+
+
+def takes(kernel) -> dict:
+    """Registers and spilled bytes per thread, and shared memory, as the assembler tells them."""
+    if "cubin" in kernel.asm:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+            command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+            told = subprocess.run(command, capture_output=True, text=True, check=True)
+        found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", told.stdout + told.stderr)
+        registers, stack, local = map(int, found.groups())
+        instructions = [w for w in ("wgmma.mma_async", "tcgen05.mma", "mma.sync") if w in kernel.asm["ptx"]]
+        spilled = stack + local
+    else:
+        text = kernel.asm["amdgcn"]
+        number = {w: int(re.search(rf"\.{w}:\s*(\d+)", text).group(1)) for w in
+                  ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")}  # fmt: skip
+        registers, spilled = number["vgpr_count"], number["vgpr_spill_count"] + number["private_segment_fixed_size"]
+        instructions = ["mfma"] if "v_mfma" in text else []
+    return dict(registers=registers, spilled=spilled, shared=kernel.metadata.shared, instructions=instructions)
+
+
+def launches(hip: bool):
+    """(title, launch) of the kernels at the sizes of a large language model's last layer. No memory is ever touched."""
+    rows, columns, depth = 4096, 32768, 4096
+    vector, scale = torch.empty(columns), torch.empty(())
+    buffer, ids = torch.empty(rows, columns), torch.zeros(rows, dtype=torch.int64)
+    half = buffer.view(torch.bfloat16)[:, :columns]
+    plain = Tile(buffer)
+    options = Tile(buffer, 0, vector, vector, vector, 30.0, scale)
+    entropy = [LogSumExp(where=Rest(ids)), Score(ids)]
+    lists = {
+        "entropy": entropy,
+        "smooth": [*entropy, Sum(vector), Count(vector)],
+        "focal": [SumOf("focal", parameter=2.0, row=torch.empty(rows))],
+        "others": [Expectation(vector, torch.empty(rows), power=2), Moments(), SumOfSquares()],
+        "list": [TopK(5)],
+    }
+    none, every = Sums(), Sums(vector, vector, vector, scale, vector)
+
+    def sums(asked):
+        return triton_launch._ColumnSums(asked, rows, columns, torch.device("cpu"))
+
+    for name, stats in lists.items():
+        states = [s.identity(rows, "cpu") for s in stats]
+        coefficients = [torch.empty(rows, s.outputs) for s in stats]
+        for how, tile in (("", plain), (" with options", options)):
+            yield from ((name + how, x) for x in triton_launch.statistics_launches(tile, stats, states))
+            asked = sums(every if how and name == "entropy" else none)
+            given = (tile, half, stats, states, coefficients, asked)
+            yield from ((name + how, x) for x in triton_launch.gradient_launches(*given))
+    states = [s.identity(rows, "cpu") for s in entropy]
+    coefficients = [torch.empty(rows, 1) for _ in entropy]
+    few = states[0][:8], states[1][:8]
+    narrow = [LogSumExp(where=Rest(ids[:8])), Score(ids[:8])]
+    yield from (("few rows", x) for x in triton_launch.statistics_launches(Tile(buffer[:8]), narrow, few))
+    for block, name in ((4096, "kept"), (triton_launch.LINEAR_KEPT_COLUMNS, "kept by the product")):
+        kept = Exponentials(half, torch.empty(columns // block, rows), block)
+        if block == 4096:
+            yield from ((name, x) for x in triton_launch.statistics_launches(plain, entropy, states, kept))
+        given = (plain, kept, entropy, states, coefficients, sums(Sums(bias=vector)))
+        yield from ((name, x) for x in triton_launch.exponentials_launches(*given))
+    x, weight = torch.empty(rows, depth, dtype=torch.bfloat16), torch.empty(columns, depth, dtype=torch.bfloat16)
+    for name, stats, keep in (("entropy", entropy, None), ("kept", entropy, kept), ("others", lists["others"], None)):
+        states = [s.identity(rows, "cpu") for s in stats]
+        for how, tile in (("", plain), (" with options", options)):
+            given = triton_launch.linear_launches(x, weight, tile, stats, states, keep, hip=hip)
+            yield from ((name + how, launch) for launch in given)
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        seen = set()
+        for title, launch in launches(TARGETS[name].backend == "hip"):
+            key = (launch.kernel.__name__, repr(launch.constants), "options" in title and "vectors" in launch.arguments)
+            if key not in seen:
+                seen.add(key)
+                found = takes(compiled(launch, TARGETS[name]))
+                print(json.dumps(dict(target=name, kernel=launch.kernel.__name__, title=title, **found)), flush=True)
