@@ -122,7 +122,7 @@ def importable(name: str) -> bool:
 def product(backend, fused: bool):
     """Force a way of a backend's eager schedule: GEMM, then a pass; or statistics out of the product itself."""
     plain = backend.limits
-    backend.limits = lambda device: replace(plain(device), fused_columns=plain(device).fused_columns if fused else 0)
+    backend.limits = lambda device: replace(plain(device), fuses_eager=fused)
     try:
         yield
     finally:

@@ -87,6 +87,7 @@ def _stream(spec: Spec, x, weight, bias, class_scale, class_shift, scale, keep) 
         kept = keep.nonzero().squeeze(1)
     if weight is None and x.shape[1] > 1 and x.stride(1) != 1:
         x = x.contiguous()
+    backend = backends.choose(x.device, multiply, spec.walk.backend)
     vectors = [
         None if v is None else v.detach().to(accumulation_dtype(multiply)).contiguous()
         for v in (bias, class_scale, class_shift)
@@ -96,9 +97,9 @@ def _stream(spec: Spec, x, weight, bias, class_scale, class_shift, scale, keep) 
         None if weight is None else _operand(weight.to(multiply)),
         *vectors,
         spec.softcap,
-        spec.scale if scale is None else scale.item(),
+        spec.scale if scale is None else scale.detach() if getattr(backend, "reads_scale", False) else scale.item(),
         kept,
-        backends.choose(x.device, multiply, spec.walk.backend),
+        backend,
     )
 
 

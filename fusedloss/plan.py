@@ -66,7 +66,7 @@ def plan(
     """Choose schedule and chunk sizes for `rows` × `columns` scores of `width`-dimensional inputs of type `dtype`."""
     budget = limits.budget if walk.memory_budget is None else walk.memory_budget
     wide = accumulation_dtype(dtype).itemsize
-    fused = fused and exponentials and limits.fused_columns > 0
+    fused = fused and exponentials and limits.fuses_eager
     in_place = limits.in_place and not fused
     kept = dtype.itemsize if exponentials and not in_place else wide
     fit = min(limits.most_rows, budget // max(1, columns * kept))

@@ -44,7 +44,7 @@ class Stream:
     class_scale: Tensor | None
     class_shift: Tensor | None
     softcap: float
-    scale: float
+    scale: float | Tensor
     kept: Tensor | None  # indices of the rows that count; None when all do
     backend: ModuleType
 
@@ -68,7 +68,9 @@ class Stream:
     def fuses(self, stats: Sequence[Statistic]) -> bool:
         """Whether the backend takes these statistics out of the product itself."""
         fuses = getattr(self.backend, "fuses", None)
-        if fuses is None or self.weight is None or self.x.stride(1) != 1 or self.weight.stride(1) != 1:
+        if fuses is None or self.weight is None or not half(self.dtype):  # float32 would miss the matrix units
+            return False
+        if self.x.stride(1) != 1 or self.weight.stride(1) != 1:
             return False
         return fuses(stats, self.tile(None, slice(0, self.columns)))
 

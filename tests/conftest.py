@@ -32,6 +32,10 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "host: hands pointers to host code, or spawns processes: CPU tensors always")
     config.addinivalue_line("markers", "unpoisoned: leave torch.empty alone (torch.compile traces through it)")
     torch.set_num_threads(THREADS)
+    if BY_NAME["triton"].interpreted():
+        from interpreted import round_as_a_device
+
+        round_as_a_device()
 
 
 @pytest.fixture(autouse=True)

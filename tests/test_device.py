@@ -1,8 +1,11 @@
 """The whole way on the device under test (`pytest --device cuda`), for every live backend; on a CPU otherwise."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import BY_NAME
 from tolerance import check_linear_gradients, check_loss, check_score_gradient, error
 
 import fusedloss as fl
@@ -37,6 +40,22 @@ def test_linear_cross_entropy(backend, device, dtype, schedule, regime):
     dense = lambda s: F.cross_entropy(s, target)  # noqa: E731
     check_linear_gradients(dx, dw, dense, x, w, target)
     check_loss(loss, dense, x.detach().double() @ w.detach().double().t())
+
+
+def test_linear_cross_entropy_out_of_the_product(backend, regime, monkeypatch):
+    """The eager schedule whose scores are never in memory: the product leaves exponentials."""
+    engine = BY_NAME[backend]
+    if not hasattr(engine, "fuses"):
+        pytest.skip(f"backend {backend!r} takes no statistics out of a product")
+    plain, taken = engine.limits, []
+    monkeypatch.setattr(engine, "limits", lambda device: replace(plain(device), fuses_eager=True, most_rows=20))
+    product = engine.linear_statistics
+    monkeypatch.setattr(engine, "linear_statistics", lambda *given: taken.append(given[-1]) or product(*given))
+    x, w, target = problem(torch.bfloat16, regime)
+    loss = fl.linear_cross_entropy(x, w, target, schedule="eager")
+    dx, dw = torch.autograd.grad(loss, (x, w))
+    assert len(taken) == 2 and all(kept.block == plain(x.device).fused_columns for kept in taken)
+    check_linear_gradients(dx, dw, lambda s: F.cross_entropy(s, target), x, w, target)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -10,8 +9,11 @@ import torch
 from torch import Tensor
 
 from .. import statistics as S
+from . import triton
+from .cublas import gemm  # noqa: F401
 from .native import DTYPES, _native, arguments, load_error, native_sums, native_tile
 from .tile import Exponentials, Limits, Sums, Tile
+from .triton import LINEAR_KEPT_COLUMNS, linear_statistics  # noqa: F401 (this backend's too: nothing of it is compiled)
 
 name = "cuda"
 
@@ -46,41 +48,9 @@ def limits(device: torch.device) -> Limits:
         cached_bytes=0,
         kept_columns=4096,
         in_place=True,
+        fused_columns=LINEAR_KEPT_COLUMNS,
+        fuses_eager=False,  # cuBLAS and a pass over the tile: an expectation, see bench/results/NOTES.md
     )
-
-
-# --- GEMM with fp32 sums ---------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def _adds_products(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether this PyTorch adds products of half-precision operands to a float32 matrix. Tried once, on next to nothing:
-    it refuses, if it does, before anything is launched."""
-    a, out = torch.zeros(8, 8, dtype=dtype, device=device), torch.zeros(8, 8, device=device)
-    try:
-        torch.addmm(out, a, a, out_dtype=torch.float32, out=out)
-    except (RuntimeError, TypeError):
-        return False
-    return True
-
-
-def gemm(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
-    """out = a @ b, or out += a @ b, fp32 sums and results whatever the operands' type.
-
-    float32 operands are multiplied as `torch.backends.cuda.matmul` says, in TF32 if that is what the user chose.
-    """
-    with torch.autocast(out.device.type, enabled=False):  # it would round the products to its own type
-        if a.dtype == out.dtype:
-            if accumulate:
-                out.addmm_(a, b)
-            else:
-                torch.mm(a, b, out=out)
-        elif not accumulate:
-            torch.mm(a, b, out_dtype=out.dtype, out=out)
-        elif _adds_products(a.dtype, a.device):
-            torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-        else:
-            out += torch.mm(a, b, out_dtype=out.dtype)
 
 
 def take_columns(matrix: Tensor, columns: Tensor) -> Tensor:
@@ -147,6 +117,11 @@ def gradient_of_exponentials(
         _native.cuda_gradient_workspace(*what),
         lambda *memory: _native.cuda_gradient_of_exponentials(*what, *memory),
     )
+
+
+def fuses(stats: Sequence[S.Statistic], tile: Tile) -> bool:
+    """Whether `linear_statistics` takes these; that one is Triton's."""
+    return triton.why_not() is None and triton.fuses(stats, tile)
 
 
 def describe(dtype: torch.dtype) -> str:

@@ -99,3 +99,4 @@ class Limits:
     kept_columns: int  # columns that share a shift in `Exponentials`
     in_place: bool  # narrow kept exponentials in the fp32 tile itself, rather than from a scratch block
     fused_columns: int = 0  # columns that share a shift where the product itself leaves exponentials; 0: it does not
+    fuses_eager: bool = False  # and whether the eager schedule lets it

@@ -11,6 +11,7 @@ from ..statistics import LogSumExp, Score, Statistic
 from .tile import Exponentials, Limits, Sums, Tile
 
 name = "torch"
+reads_scale = True
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import __path__ as package_path
 from ..statistics import Statistic
-from .cuda import gemm as device_gemm
+from .cublas import gemm as device_gemm
 from .tile import Exponentials, Limits, Sums, Tile
 from .torch import gemm as plain_gemm
 from .torch import take_columns as take_columns
@@ -28,6 +28,9 @@ if importlib.util.find_spec("fusedloss.kernels") is None:
     package_path.append(str(Path(__file__).resolve().parents[2]))
 
 name = "triton"
+reads_scale = True  # a learnable scale is read by the device, without a wait
+# Columns to each row of `Exponentials.shift` that `linear_statistics` keeps: half of a program's block.
+LINEAR_KEPT_COLUMNS = 64
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -75,6 +78,8 @@ def limits(device: torch.device) -> Limits:
         cached_bytes=0,
         kept_columns=4096,
         in_place=True,
+        fused_columns=LINEAR_KEPT_COLUMNS,
+        fuses_eager=False,  # cuBLAS and a pass over the tile: an expectation, see bench/results/NOTES.md
     )
 
 
@@ -128,10 +133,6 @@ def gradient_of_exponentials(
 
 
 # --- GEMM and statistics in one --------------------------------------------------------------------------------------
-
-# Columns to each row of `Exponentials.shift` that `linear_statistics` keeps: half of a program's block.
-LINEAR_KEPT_COLUMNS = 64
-
 
 def fuses(stats: Sequence[Statistic], tile: Tile) -> bool:
     """Whether `linear_statistics` takes these: not lists of extremes, nor scores at more than a few columns."""

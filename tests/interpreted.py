@@ -1,0 +1,23 @@
+"""Triton's interpreter made to round as a device does; conftest.py calls it when TRITON_INTERPRET=1 is set."""
+
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+
+def round_as_a_device() -> None:
+    """NumPy multiplies and adds in two steps, a device rounds once; the interpreter cuts bfloat16 off, a device rounds."""
+
+    def fused(self, x, y, z):
+        wide = x.data.astype("f8") * y.data.astype("f8") + z.data.astype("f8")
+        return interpreter.TensorHandle(wide.astype(x.data.dtype), z.dtype.scalar)
+
+    plain = interpreter._convert_float
+
+    def convert(input, input_dtype, output_dtype, rounding_mode):
+        if input_dtype == tl.float32 and output_dtype == tl.bfloat16:
+            return torch.from_numpy(input.copy()).bfloat16().view(torch.uint16).numpy()
+        return plain(input, input_dtype, output_dtype, rounding_mode)
+
+    interpreter.InterpreterBuilder.create_fma = fused
+    interpreter._convert_float = convert
