@@ -74,12 +74,14 @@ def plan(
         if columns * width * wide <= limits.cached_bytes:  # chunks that stay in the caches too
             fit = min(fit, max(limits.eager_rows, limits.block_bytes // max(1, columns * kept)))
         chunks = divided_up(rows, max(1, fit))
+        rounded = half(waiting_dtype(dtype if gradient_dtype is None else gradient_dtype))
+        accumulator = columns * width * wide if rounded and chunks > 1 else 0
+        if accumulator > limits.cached_bytes and rows * columns * kept <= budget + accumulator:
+            chunks, accumulator = 1, 0  # the memory of the accumulator is better spent on the tile
         chunk_rows = divided_up(rows, max(1, chunks))  # even chunks: a short last one wastes a pass over W
         block = _block(columns, limits.block_bytes // (max(1, chunk_rows) * wide), limits)
         block = columns if fused else block
         scratch = chunk_rows * block * wide if kept != wide and not fused else 0
-        rounded = half(waiting_dtype(dtype if gradient_dtype is None else gradient_dtype))
-        accumulator = columns * width * wide if rounded and chunks > 1 else 0
         tile = chunk_rows * columns * kept
         return Plan(
             *("eager", chunk_rows, chunks, block, tile, scratch, accumulator),

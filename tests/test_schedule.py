@@ -192,9 +192,10 @@ def test_plans_are_possible_and_keep_to_the_budget(rows, width, columns, dtype, 
     least = (
         64 * 8 * max(1, layout.chunk_rows) if layout.schedule == "recompute" else columns * 8
     )  # one row, one cache line
-    assert layout.tile_bytes <= max(budget, least)
+    instead = columns * width * 4 if dtype == torch.bfloat16 and layout.chunks == 1 else 0  # of an accumulator
+    assert layout.tile_bytes <= max(budget + instead, least)
     if schedule == "auto" and layout.schedule == "eager":
-        assert layout.tile_bytes <= budget
+        assert layout.tile_bytes <= budget + instead
 
 
 def test_scores_tell_their_plan():
