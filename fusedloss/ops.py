@@ -110,8 +110,9 @@ def _statistics(spec: Spec, carried: list[Tensor], kept: Tensor | None) -> list[
 
 
 def _recompute_layout(stream: Stream, walk: Walk) -> Plan:
-    if stream.weight is None:  # logits: a few rows at a time, so that both passes of a row meet it in the caches
-        rows = max(1, min(stream.rows, (16 << 20) // max(1, stream.columns * stream.dtype.itemsize)))
+    if stream.weight is None:
+        most = stream.backend.limits(stream.x.device).logits_bytes
+        rows = max(1, min(stream.rows, most // max(1, stream.columns * stream.dtype.itemsize)))
         return Plan("logits", rows, -(-stream.rows // rows), max(1, stream.columns), 0, 0, 0)
     return stream.plan(replace(walk, schedule="recompute"))
 

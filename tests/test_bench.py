@@ -1,6 +1,8 @@
 """The benchmark suite runs: one small case, its table, and its rows."""
 
 import csv
+import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,3 +24,20 @@ def test_one_quick_case(tmp_path):
     measured = list(csv.DictReader(rows.open(newline="")))
     assert [row["contender"] for row in measured] == ["floor: two GEMMs", "fusedloss", "torch, eager"]
     assert all(float(row["ms"]) > 0 for row in measured) and float(measured[0]["ratio"]) == 1
+
+
+def test_the_gpu_benchmark_dry(tmp_path):
+    """`make gpu`'s benchmark on a CPU, tiny, with the Triton kernels in their interpreter."""
+    rows = tmp_path / "rows.csv"
+    command = [sys.executable, "bench/gpu.py", "--device", "cpu", "--quick", f"--rows={rows}"]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    assert run.returncode == 0, run.stdout + run.stderr
+    measured = list(csv.DictReader(rows.open(newline="")))
+    assert len({row["case"] for row in measured}) == 3
+    linear = {row["contender"] for row in measured if row["case"] == "linear 64x32x300"}
+    assert {"fusedloss", "fusedloss, cpu, chunked", "torch, eager", "floor: GEMMs, unchunked"} <= linear
+    if importlib.util.find_spec("triton"):
+        ways = ("chunked", "chunked, one kernel", "streamed")
+        assert {f"fusedloss, triton, {way}" for way in ways} <= linear
+    assert all(float(row["ms"]) > 0 for row in measured)

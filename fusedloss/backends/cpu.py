@@ -38,6 +38,7 @@ def limits(device: torch.device) -> Limits:
         most_rows=2048,
         block_bytes=8 << 20,
         recompute_bytes=8 << 20,
+        logits_bytes=16 << 20,
         block_columns=2048,
         cached_bytes=4 << 20,
         kept_columns=2048,

@@ -44,6 +44,7 @@ def limits(device: torch.device) -> Limits:
         most_rows=4096,
         block_bytes=1 << 30,
         recompute_bytes=64 << 20,
+        logits_bytes=1 << 62,
         block_columns=1 << 62,
         cached_bytes=0,
         kept_columns=4096,

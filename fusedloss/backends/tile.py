@@ -94,6 +94,7 @@ class Limits:
     most_rows: int  # most rows per chunk: more make the GEMMs no faster, and the tile larger
     block_bytes: int  # eager: a block of scores between the GEMM that writes it and the pass that reads it
     recompute_bytes: int  # recompute: the same
+    logits_bytes: int  # given logits that are looked at in one pass
     block_columns: int
     cached_bytes: int  # a dW this small is added to for nothing
     kept_columns: int  # columns that share a shift in `Exponentials`

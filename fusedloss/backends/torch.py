@@ -25,8 +25,8 @@ def why_not() -> str | None:
 
 def limits(device: torch.device) -> Limits:
     if device.type == "cpu":
-        return Limits(256 << 20, 192, 2048, 8 << 20, 8 << 20, 2048, 4 << 20, 2048, in_place=False)
-    return Limits(1 << 30, 512, 4096, 1 << 30, 64 << 20, 1 << 40, 0, 4096, in_place=True)
+        return Limits(256 << 20, 192, 2048, 8 << 20, 8 << 20, 16 << 20, 2048, 4 << 20, 2048, in_place=False)
+    return Limits(1 << 30, 512, 4096, 1 << 30, 64 << 20, 1 << 30, 1 << 40, 0, 4096, in_place=True)
 
 
 def gemm(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:

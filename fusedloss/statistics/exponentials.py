@@ -16,6 +16,13 @@ def _finite_shift(m: Tensor) -> Tensor:
     return torch.where(m.isinf(), torch.zeros_like(m), m)
 
 
+def nothing_yet(rows: int, width: int, device: torch.device) -> Tensor:
+    """(−inf, 0, …) per row, filled on the device: a copy from here would have to wait for it."""
+    state = torch.zeros(rows, width, dtype=torch.float64, device=device)
+    state[:, 0] = -torch.inf
+    return state
+
+
 def _merged_maximum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Common shift of two (shift, sum…) states and the factor that brings each of them to it."""
     m = torch.maximum(a[:, 0], b[:, 0])
@@ -39,7 +46,7 @@ class LogSumExp(Statistic):
     roles = (("where", ROWS),)
 
     def identity(self, rows, device):
-        return torch.tensor([-torch.inf, 0.0], dtype=torch.float64, device=device).repeat(rows, 1)
+        return nothing_yet(rows, self.width, device)
 
     def of(self, z, first):
         if z.shape[1] == 0:
@@ -79,10 +86,8 @@ class Expectation(Statistic):
     width = 3
     roles = (("values", CLASSES), ("near", ROWS), ("where", ROWS))
 
-    identity_state = (-torch.inf, 0.0, 0.0)
-
     def identity(self, rows, device):
-        return torch.tensor(self.identity_state, dtype=torch.float64, device=device).repeat(rows, 1)
+        return nothing_yet(rows, self.width, device)
 
     def _values(self, z: Tensor) -> Tensor:
         if self.values is None:
