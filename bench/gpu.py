@@ -267,6 +267,11 @@ def versions() -> str:
     return ", ".join(found)
 
 
+def colour(contender: str) -> str:
+    named = {"floor": "tab:gray", OURS: "tab:blue"}
+    return next((c for name, c in named.items() if contender.startswith(name)), "tab:orange")
+
+
 def plot(rows: list[Row], path: Path) -> None:
     """Bars of the times as multiples of the floor, a panel per case."""
     try:
@@ -281,8 +286,7 @@ def plot(rows: list[Row], path: Path) -> None:
     figure, axes = plt.subplots(len(cases), 1, figsize=(9, 2.6 * len(cases)), squeeze=False)
     for case, axis in zip(cases, axes[:, 0]):
         mine = [row for row in rows if row.case == case]
-        colours = ["tab:gray" if r.contender.startswith("floor") else "tab:blue" if r.contender.startswith(OURS) else "tab:orange" for r in mine]  # fmt: skip
-        axis.barh([r.contender for r in mine], [r.ratio for r in mine], color=colours)
+        axis.barh([r.contender for r in mine], [r.ratio for r in mine], color=[colour(r.contender) for r in mine])
         axis.axvline(1, color="black", linewidth=0.8)
         axis.set_title(case, fontsize=9)
         axis.tick_params(labelsize=7)
@@ -309,9 +313,10 @@ def main() -> None:
             calls = linear_contenders(x, w, target, given.quick)
             case = f"linear {shape_name(shape)}{', confident' if confident else ''}"
             about = machine, commit(), versions()
-            rows += measure(case, calls, lambda call: check_linear(call, x, w, target), clock, about, given.quick)  # noqa: B023
+            check = partial(check_linear, x=x, w=w, target=target)
+            rows += measure(case, calls, check, clock, about, given.quick)
             report(rows, given.rows)
-            del x, w, target, calls
+            del x, w, target, calls, check
             if clock.cuda:
                 torch.cuda.empty_cache()
     for shape in ((64, 300),) if given.quick else LOGITS:
@@ -338,7 +343,8 @@ def report(rows: list[Row], path: Path | None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         append(path, rows[_written:])
     for row in rows[_written:]:
-        print(f"  {row.case:34} {row.contender:38} {row.ms:9.2f} ms {row.ratio:7.3f} {row.peak_mib:8.0f} MiB {row.note}", flush=True)  # fmt: skip
+        figures = f"{row.ms:9.2f} ms {row.ratio:7.3f} {row.peak_mib:8.0f} MiB"
+        print(f"  {row.case:34} {row.contender:38} {figures} {row.note}", flush=True)
     _written = len(rows)
 
 

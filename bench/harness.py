@@ -19,10 +19,11 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path += [str(ROOT / "examples"), str(ROOT / "tests")]  # the demo's memory sampler, the tests' tolerance policy
 
-import fusedloss  # noqa: E402
 import tolerance  # noqa: E402
 from memory import SUPPORTED as MEMORY_SUPPORTED  # noqa: E402
 from memory import MemoryTrace  # noqa: E402
+
+import fusedloss  # noqa: E402
 
 THREADS = 2
 KEPT = fusedloss.memory.WORKSPACE_LIMIT  # bytes of scratch memory that a call leaves to the next one, by default

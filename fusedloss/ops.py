@@ -23,8 +23,9 @@ from . import backends
 from .backends.tile import Sums
 from .memory import empty
 from .plan import Plan, Walk, accumulation_dtype, waiting_dtype
-from .schedule import Gradients, Stream, eager_sweep, gradient_sweep, keeps_exponentials, statistics_sweep
+from .schedule import Gradients, eager_sweep, gradient_sweep, keeps_exponentials, statistics_sweep
 from .statistics import Statistic, build
+from .stream import Stream
 from .trace import PROGRAMS
 
 DTYPES = {str(d): d for d in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}

@@ -16,15 +16,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from .backends.tile import Exponentials, Sums, Tile
+from .backends.tile import Exponentials, Sums
 from .memory import empty, workspace
-from .plan import Plan, Walk, accumulation_dtype, divided_up, half, plan, spans
+from .plan import Plan, accumulation_dtype, divided_up, half, spans
 from .statistics import Count, LogSumExp, Score, Statistic
+from .stream import Stream, narrowed
 
 # With fewer numbers to a row of x, the rounding of f · x to half precision does not average out.
 FEW_INPUTS = 32
@@ -32,86 +32,6 @@ FEW_INPUTS = 32
 PART_BYTES = 64 << 20
 # Rows of single scores that are looked at together.
 SOME_ROWS = 512
-
-
-@dataclass(frozen=True, eq=False)
-class Stream:
-    """Scores as the walks see them: kept rows only, operands in the type in which they are multiplied."""
-
-    x: Tensor  # (N, D), or the logits (N, V) when weight is None
-    weight: Tensor | None
-    bias: Tensor | None
-    class_scale: Tensor | None
-    class_shift: Tensor | None
-    softcap: float
-    scale: float | Tensor
-    kept: Tensor | None  # indices of the rows that count; None when all do
-    backend: ModuleType
-
-    @property
-    def rows(self) -> int:
-        return self.x.shape[0] if self.kept is None else self.kept.shape[0]
-
-    @property
-    def columns(self) -> int:
-        return self.x.shape[1] if self.weight is None else self.weight.shape[0]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.x.dtype if self.weight is None else self.weight.dtype
-
-    def plan(self, walk: Walk, exponentials: bool = True, gradient_dtype=None, fused: bool = False) -> Plan:
-        limits = self.backend.limits(self.x.device)
-        shape = self.rows, self.x.shape[1], self.columns
-        return plan(*shape, self.dtype, walk, limits, exponentials, gradient_dtype, fused)
-
-    def fuses(self, stats: Sequence[Statistic]) -> bool:
-        """Whether the backend takes these statistics out of the product itself."""
-        fuses = getattr(self.backend, "fuses", None)
-        if fuses is None or self.weight is None or not half(self.dtype):  # float32 would miss the matrix units
-            return False
-        if self.x.stride(1) != 1 or self.weight.stride(1) != 1:
-            return False
-        return fuses(stats, self.tile(None, slice(0, self.columns)))
-
-    def fused_statistics(self, x: Tensor, stats, states, kept: Exponentials | None = None) -> None:
-        """Statistics of whole rows, whose scores are never in memory."""
-        tile = self.tile(None, slice(0, self.columns))
-        self.backend.linear_statistics(x, self.weight, tile, stats, states, kept)
-
-    def take(self, tensor: Tensor, rows: slice) -> Tensor:
-        return tensor[rows] if self.kept is None else tensor.index_select(0, self.kept[rows])
-
-    def input(self, rows: slice) -> Tensor:
-        taken = self.take(self.x, rows)
-        return taken if self.weight is None else taken.to(self.weight.dtype)
-
-    def tile(self, data: Tensor, columns: slice) -> Tile:
-        vectors = [None if v is None else v[columns] for v in (self.bias, self.class_scale, self.class_shift)]
-        return Tile(data, columns.start, *vectors, self.softcap, self.scale)
-
-    def put(self, out: Tensor, rows: slice, values: Tensor) -> None:
-        """Write the rows of a chunk back to where they came from."""
-        if self.kept is None:
-            out[rows] = values
-        else:
-            out.index_copy_(0, self.kept[rows], values.to(out.dtype))
-
-    def compute(self, out: Tensor, x: Tensor, columns: slice) -> Tile:
-        """Raw scores of some rows in some columns, into `out`."""
-        self.backend.gemm(out, x, self.weight[columns].t(), accumulate=False)
-        return self.tile(out, columns)
-
-
-def narrowed(buffer: Tensor, columns: slice, dtype: torch.dtype) -> Tensor:
-    """Where the gradient of buffer[:, columns] is stored: in place, in the GEMMs' operand type.
-
-    A half-precision row takes the first half of its own fp32 row, so a tile of fp32 scores costs no second buffer.
-    """
-    if dtype == buffer.dtype:
-        return buffer[:, columns]
-    factor = buffer.dtype.itemsize // dtype.itemsize
-    return buffer.view(dtype)[:, columns.start * factor : columns.start * factor + (columns.stop - columns.start)]
 
 
 @dataclass(eq=False)

@@ -13,9 +13,12 @@ import torch
 
 T = pytest.importorskip("test_native", reason="the native extension fusedloss._native is not built")
 import host_cuda  # noqa: E402  (needs the extension too)
+
 import fusedloss  # noqa: E402
-from fusedloss import _native, backends, statistics as S  # noqa: E402
-from fusedloss.backends import cuda, torch as meaning  # noqa: E402
+from fusedloss import _native, backends  # noqa: E402
+from fusedloss import statistics as S
+from fusedloss.backends import cuda  # noqa: E402
+from fusedloss.backends import torch as meaning
 from fusedloss.backends.tile import Exponentials, Sums, Tile  # noqa: E402
 from fusedloss.relation import Rest  # noqa: E402
 

@@ -48,13 +48,13 @@ def test_linear_cross_entropy_out_of_the_product(backend, regime, monkeypatch):
     if not hasattr(engine, "fuses"):
         pytest.skip(f"backend {backend!r} takes no statistics out of a product")
     plain, taken = engine.limits, []
-    monkeypatch.setattr(engine, "limits", lambda device: replace(plain(device), fuses_eager=True, most_rows=20))
+    monkeypatch.setattr(engine, "limits", lambda device: replace(plain(device), fuses_eager=True))
     product = engine.linear_statistics
     monkeypatch.setattr(engine, "linear_statistics", lambda *given: taken.append(given[-1]) or product(*given))
     x, w, target = problem(torch.bfloat16, regime)
     loss = fl.linear_cross_entropy(x, w, target, schedule="eager")
     dx, dw = torch.autograd.grad(loss, (x, w))
-    assert len(taken) == 2 and all(kept.block == plain(x.device).fused_columns for kept in taken)
+    assert taken and all(kept.block == plain(x.device).fused_columns for kept in taken)
     check_linear_gradients(dx, dw, lambda s: F.cross_entropy(s, target), x, w, target)
 
 

@@ -67,7 +67,7 @@ def _processor() -> tuple[str, frozenset[str]]:
 
 @functools.cache
 def _blas(symbol: str):
-    """A BLAS routine of the library that torch brought along, or None. Torch itself offers no half × half → fp32 product."""
+    """A BLAS routine that torch brought along, or None. Torch itself offers no half × half → fp32 product."""
     folder = os.path.join(os.path.dirname(torch.__file__), "lib")
     suffix = {"Darwin": ".dylib", "Windows": ".dll"}.get(platform.system(), ".so")
     try:
@@ -156,7 +156,8 @@ def gradient(
     """out = ∂L/∂a of the tile, given ∂L/∂value of every statistic; `out` may share the tile's memory."""
     given = arguments(stats, states, coefficients)
     _native.gradient(
-        native_tile(tile), out.data_ptr(), out.stride(0), DTYPES[out.dtype], [a.native for a in given], native_sums(sums)
+        *(native_tile(tile), out.data_ptr(), out.stride(0), DTYPES[out.dtype]),
+        *([a.native for a in given], native_sums(sums)),
     )
 
 
@@ -168,7 +169,7 @@ def gradient_of_exponentials(
     coefficients: Sequence[Tensor],
     sums: Sums,
 ) -> None:
-    """∂L/∂a in place of kept.data. The statistics are one LogSumExp of factor 1, and Scores; `tile.data` is not read."""
+    """∂L/∂a in place of kept.data. The statistics are one LogSumExp of factor 1, and Scores; `tile.data` is unread."""
     given = arguments(stats, states, coefficients, kept)
     _native.gradient_of_exponentials(
         native_tile(replace(tile, data=kept.data)), [a.native for a in given], native_sums(sums)

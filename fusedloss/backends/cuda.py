@@ -110,7 +110,7 @@ def gradient_of_exponentials(
     coefficients: Sequence[Tensor],
     sums: Sums,
 ) -> None:
-    """∂L/∂a in place of kept.data. The statistics are one LogSumExp of factor 1, and Scores; `tile.data` is not read."""
+    """∂L/∂a in place of kept.data. The statistics are one LogSumExp of factor 1, and Scores; `tile.data` is unread."""
     given = arguments(stats, states, coefficients, kept)
     what = native_tile(replace(tile, data=kept.data)), [a.native for a in given], native_sums(sums)
     _launch(

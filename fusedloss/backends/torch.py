@@ -1,4 +1,4 @@
-"""The torch backend: the two tile primitives in plain PyTorch. Slow, on any device; the meaning of the other backends."""
+"""The torch backend: the tile primitives in plain PyTorch. Slow, on any device; the meaning of the other backends."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def gradient_of_exponentials(
     coefficients: Sequence[Tensor],
     sums: Sums,
 ) -> None:
-    """∂L/∂a in place of kept.data. The statistics are one LogSumExp of factor 1, and Scores; `tile.data` is not read."""
+    """∂L/∂a in place of kept.data. The statistics are one LogSumExp of factor 1, and Scores; `tile.data` is unread."""
     slope = torch.zeros(kept.data.shape, dtype=kept.shift.dtype, device=kept.data.device)
     for statistic, state, coefficient in zip(stats, states, coefficients):
         if isinstance(statistic, LogSumExp):
