@@ -189,7 +189,8 @@ def check_linear(call: Call, x: Tensor, w: Tensor, target: Tensor) -> None:
     count = len(target)
     lse = log_partitions(x, w)
     truth = (lse - (x.double() * w[target].double()).sum(1)).mean()
-    assert tolerance.error(loss, truth) <= LOSS_ERROR, f"loss {loss.item()}, expected {truth.item()}"
+    allowed = LOSS_ERROR + (0 if x.device.type == "cpu" else 4 * honest_error(x, w, target, truth))
+    assert tolerance.error(loss, truth) <= allowed, f"loss {loss.item()}, expected {truth.item()}"
 
     picked = torch.randperm(count, device=x.device)[:GATE]
     gradients = []
@@ -213,12 +214,22 @@ def check_linear(call: Call, x: Tensor, w: Tensor, target: Tensor) -> None:
         tolerance.check(dw[0][classes], exact.t() @ x.double(), (honest.t() @ x.double()).to(w.dtype), what)
 
 
+def honest_error(x: Tensor, w: Tensor, target: Tensor, truth: Tensor) -> float:
+    """Relative error of the mean loss from fp32 scores as the device's matrix units make them, which round toward 0."""
+    total = torch.zeros((), dtype=torch.float64, device=x.device)
+    for part, at in zip(x.split(256), target.split(256)):
+        scores = torch.mm(part, w.t(), out_dtype=torch.float32).double()
+        total += (scores.logsumexp(1) - scores.gather(1, at[:, None])[:, 0]).sum()
+    return tolerance.error(total / len(target), truth)
+
+
 def log_partitions(x: Tensor, w: Tensor, rows: int = 256) -> Tensor:
     """(N,) float64 log-sum-exps of x wᵀ; fp32 scores, whose errors the sum over the classes averages away."""
-    w = w.float()
+    wide = torch.float32 if x.device.type == "cpu" else torch.float64  # a device has the time
+    w = w.to(wide)
     parts = []
     for part in x.split(rows):
-        scores = part.float() @ w.t()
+        scores = part.to(wide) @ w.t()
         top = scores.amax(1, keepdim=True)
         sums = scores.sub_(top).exp_().sum(1, dtype=torch.float64)
         parts.append(sums.log() + top.squeeze(1).double())
@@ -244,7 +255,10 @@ def machine() -> str:
 
 def commit() -> str:
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        try:
+            return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        except OSError:  # no git
+            return ""
 
     changed = git("status", "--porcelain", "--untracked-files=no", "fusedloss", "csrc")
     return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")

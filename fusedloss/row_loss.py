@@ -72,7 +72,7 @@ def evaluate(
         kinds = tuple([(str(t.dtype)[6:], tuple([fixed(d) for d in t.shape[1:]])) for t in rows])
         shared_kinds = tuple([(str(t.dtype)[6:], tuple([fixed(d) for d in t.shape])) for t in tensors])
         known = tuple([(k, fixed(v)) for k, v in options.items()])
-        columns, device = fixed(scores.columns), scores.input.device.type
+        columns, device = fixed(scores.columns), str(scores.input.device)
         key = trace.program_key(name, names, known, kinds, shared_kinds, columns, STATISTICS, device)
         if key is not None:
             return autograd.weighted_total(scores.spec((), key), streams, keep, factor, rows, tensors)

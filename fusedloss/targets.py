@@ -82,13 +82,15 @@ def remember(bad: Tensor, target: Tensor, columns: int, ignore_index: int, name:
     if name not in _names:
         _names.append(name)
     if device not in _found:
-        _found[device] = torch.zeros(6, dtype=torch.int64, device=device)
+        with torch.inference_mode(False):
+            _found[device] = torch.zeros(6, dtype=torch.int64, device=device)
     bad, target, count = bad.reshape(-1), target.reshape(-1), target.numel()
     if count == 0:
         return torch.ones((), dtype=torch.float32, device=device)
     position = torch.where(bad, torch.arange(count, device=device), count).amin()
     any_bad = position < count
-    value = target[position.clamp(max=count - 1)]
+    # Not target[…]: an index of no dimensions is read by the host, which then waits.
+    value = target.index_select(0, position.clamp(max=count - 1).reshape(1)).squeeze(0)
     constants = [torch.full_like(position, n) for n in (columns, ignore_index, _names.index(name))]
     report = torch.stack([torch.ones_like(position), position, value, *constants])
     found = _found[device]

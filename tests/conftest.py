@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from fusedloss import backends, memory
+from fusedloss import backends, memory, targets
 
 THREADS = 2
 BY_NAME = {module.name: module for module in backends.BACKENDS}
@@ -32,6 +32,8 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "host: hands pointers to host code, or spawns processes: CPU tensors always")
     config.addinivalue_line("markers", "unpoisoned: leave torch.empty alone (torch.compile traces through it)")
     torch.set_num_threads(THREADS)
+    # It notes which functions a default device is for, at its first use: before some of them are replaced below.
+    torch.utils._device._device_constructors()
     if BY_NAME["triton"].interpreted():
         from interpreted import round_as_a_device
 
@@ -45,6 +47,7 @@ def device(request):
     with where:
         torch.manual_seed(0)
         yield where
+    targets._found.clear()  # a target out of range on a device is remembered
 
 
 def _poisoned(allocate):
@@ -71,11 +74,13 @@ def fresh_workspace(monkeypatch):
 
 
 @pytest.fixture(params=sorted(BY_NAME, key=lambda name: name != "torch"))
-def backend(request, monkeypatch):
+def backend(request, device, monkeypatch):
     """Each live backend's name in turn; "auto" prefers that one, and takes torch for what it lacks."""
     missing = BY_NAME[request.param].why_not()
     if missing is not None:
         pytest.skip(f"backend {request.param!r} is not live here: {missing}")
+    if not BY_NAME[request.param].supports(device, torch.float32):
+        pytest.skip(f"backend {request.param!r} takes no tensors on {device}")
     order = dict.fromkeys([BY_NAME[request.param], BY_NAME["torch"]])
     monkeypatch.setattr(backends, "BACKENDS", tuple(order))
     return request.param

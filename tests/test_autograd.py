@@ -367,10 +367,10 @@ def test_a_loss_scale_saves_float16_gradients(backend, linear, schedule, reducti
 
 @pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_autocast(backend, parameters, reduction):
+def test_autocast(backend, device, parameters, reduction):
     x, w = torch.randn(N, D).requires_grad_(), torch.randn(V, D).to(parameters).requires_grad_()
     target = torch.randint(0, V, (N,))
-    with torch.autocast("cpu", torch.bfloat16), counted_gemms(backend) as work:
+    with torch.autocast(device.type, torch.bfloat16), counted_gemms(backend) as work:
         loss = linear_cross_entropy(x, w, target, reduction=reduction)
     loss.sum().backward()
     assert loss.dtype == torch.float32 and x.grad.dtype == torch.float32 and w.grad.dtype == parameters
@@ -382,16 +382,16 @@ def test_autocast(backend, parameters, reduction):
     for got, expected in ((x, a), (w, b)):
         assert (got.grad.double() - expected.grad).norm() < 2**-7 * expected.grad.norm()
     x2, w2 = x.detach().requires_grad_(), w.detach().requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         theirs = dense(x2, w2, target, reduction=reduction)
     theirs.sum().backward()
     close(loss, theirs, 2e-2, 2e-2)
     close(w.grad, w2.grad, 5e-2, 5e-2 * w2.grad.abs().max().item())
 
 
-def test_autocast_of_cross_entropy_keeps_the_logits_type(backend):
+def test_autocast_of_cross_entropy_keeps_the_logits_type(backend, device):
     z, target = torch.randn(N, V), torch.randint(0, V, (N,))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         loss = cross_entropy(z, target)
     close(loss, F.cross_entropy(z.double(), target))
 

@@ -386,6 +386,7 @@ def test_errors_of_the_walk_name_the_argument(walk):
     ("shape", "place", "shown"),
     [((7,), (4,), "4"), ((3, 5), (2, 1), "2, 1"), ((2, 3, 2), (1, 0, 1), "1, 0, 1"), ((), (), "")],
 )
+@pytest.mark.host
 def test_a_target_out_of_range_is_named_before_anything_is_computed(monkeypatch, linear, shape, place, shown):
     target = torch.zeros(shape, dtype=torch.int64)
     target[place] = 11
@@ -401,6 +402,7 @@ def test_a_target_out_of_range_is_named_before_anything_is_computed(monkeypatch,
             cross_entropy(logits, target)
 
 
+@pytest.mark.host
 def test_a_bad_target_of_the_last_head_is_found_first(monkeypatch):
     for name in fusedloss.backends.BACKENDS:
         monkeypatch.setattr(name, "gemm", lambda *a, **k: pytest.fail("computed something"))

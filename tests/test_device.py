@@ -139,6 +139,7 @@ def test_cuda_graph(device, backend):
         return loss.detach(), *torch.autograd.grad(loss, (x, w))
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
             step()

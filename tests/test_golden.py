@@ -15,8 +15,11 @@ import fusedloss as fl
 from fusedloss.losses import class_counts
 
 RECORDS = json.loads((Path(__file__).parent / "golden" / "classification.json").read_text())
-COUNTS = torch.tensor([500.0, 100.0, 20.0, 5.0], dtype=torch.float64)
 CLAMP = -math.log(1e-4)  # reverse cross-entropy's −log 0
+
+
+def counts():
+    return torch.tensor([500.0, 100.0, 20.0, 5.0], dtype=torch.float64)
 
 
 def vector(values):
@@ -87,17 +90,17 @@ CALLS = {
     "rescaled_square_loss": lambda s, y, p: fl.squared_error_loss(s, y, k=p["k"], value=p["M"]),
     "one_vs_rest": lambda s, y, p: fl.one_vs_rest_loss(s, y),
     "ldam": lambda s, y, p: fl.logit_adjusted_cross_entropy(
-        s, y, class_scale=torch.full_like(COUNTS, p["s"]), **class_counts.target_margin(COUNTS, p["max_m"])
+        s, y, class_scale=torch.full_like(counts(), p["s"]), **class_counts.target_margin(counts(), p["max_m"])
     ),
     "logit_adjustment": lambda s, y, p: fl.logit_adjusted_cross_entropy(
-        s, y, **class_counts.logit_adjustment(COUNTS, p["tau"])
+        s, y, **class_counts.logit_adjustment(counts(), p["tau"])
     ),
-    "balanced_softmax": lambda s, y, p: fl.logit_adjusted_cross_entropy(s, y, **class_counts.balanced_softmax(COUNTS)),
+    "balanced_softmax": lambda s, y, p: fl.logit_adjusted_cross_entropy(s, y, **class_counts.balanced_softmax(counts())),
     "vector_scaling_loss": lambda s, y, p: fl.logit_adjusted_cross_entropy(
-        s, y, **class_counts.vector_scaling(COUNTS, p["gamma"], p["tau"])
+        s, y, **class_counts.vector_scaling(counts(), p["gamma"], p["tau"])
     ),
     "class_balanced_weights_ce_sum": lambda s, y, p: fl.cross_entropy(
-        s, y, **class_counts.class_balanced_weight(COUNTS, p["beta"]), reduction="sum"
+        s, y, **class_counts.class_balanced_weight(counts(), p["beta"]), reduction="sum"
     ),
     "number_token_loss_mse": lambda s, y, p: number(s, y, p, form="mse"),
     "number_token_loss_was": number,

@@ -356,6 +356,7 @@ def test_errors_name_function_and_argument(name, options, error, argument, given
 
 
 @pytest.mark.parametrize("module, case", FIRST)
+@pytest.mark.host
 def test_errors_of_every_loss(module, case):
     x, w, _, target = operands(bias=False)
     name, function, options = name_of(module), function_of(module), hyperparameters(case, CLASSES, F64)
@@ -531,6 +532,7 @@ def test_log_probs_compiled():
         close(g, t, 1e-5)
 
 
+@pytest.mark.host
 def test_log_probs_errors():
     x, w, _, target = operands(bias=False)
     with pytest.raises(IndexError, match=r"linear_log_probs: target\[0\] = 99"):

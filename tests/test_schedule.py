@@ -225,6 +225,7 @@ def peak_memory(call):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("schedule", ["eager", "recompute"])
 @pytest.mark.parametrize("budget", [1, 4, 16])
+@pytest.mark.host
 def test_memory_stays_within_the_plan(backend, dtype, schedule, budget):
     n, d, v = 1024, 32, 6000
     x, w, target = problem(dtype, n, d, v)
@@ -249,6 +250,7 @@ def test_memory_stays_within_the_plan(backend, dtype, schedule, budget):
         assert peak < n * v * 4  # the scores themselves
 
 
+@pytest.mark.host
 def test_backward_makes_no_second_weight_gradient(backend):
     """The gradients wait in forward's buffers; backward hands them over."""
     x, w, target = problem(torch.float32, 64, 64, 8000)
@@ -260,6 +262,7 @@ def test_backward_makes_no_second_weight_gradient(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.host
 def test_given_logits_cost_one_gradient(backend, dtype):
     if backend != "cpu":
         pytest.skip("the torch backend writes every step of a chunk out")

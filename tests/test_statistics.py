@@ -225,9 +225,9 @@ TILE_TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 @every_case
 @pytest.mark.parametrize("dtype", TILE_TYPES, ids=str)
-def test_tile_primitives(backend, name, where, dtype):
+def test_tile_primitives(backend, device, name, where, dtype):
     engine = BY_NAME[backend]
-    if not engine.supports(torch.device("cpu"), dtype):
+    if not engine.supports(device, dtype):
         pytest.skip(f"backend {backend!r} has no tiles of {dtype}")
     rows, classes = 5, 203  # no multiple of any vector length
     statistic, dense = case(name, where, rows=rows, classes=classes)
