@@ -307,6 +307,10 @@ def main() -> None:
     parser.add_argument("--shapes", type=int, nargs="*", help="only these of the linear shapes, by number")
     given = parser.parse_args()
     device = torch.device(given.device)
+    if device.type == "cpu" and backends.triton.interpreted():
+        from interpreted import round_as_a_device  # of the tests
+
+        round_as_a_device()
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"dry run on {device}"
     clock, rows = Clock(device), []
     shapes = QUICK if given.quick else SHAPES if given.shapes is None else [SHAPES[n] for n in given.shapes]

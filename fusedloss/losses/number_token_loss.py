@@ -58,8 +58,7 @@ def number_token_loss(
     expect(number_ids.dim() == 1 and number_ids.numel() > 0, name, "number_ids", "shape (k,), k ≥ 1", number_ids)
     expect(number_ids.dtype == torch.int64, name, "number_ids", "torch.int64", number_ids.dtype, TypeError)
     expect(number_values.shape == number_ids.shape, name, "number_values", "the shape of number_ids", number_values)
-    values = number_values.to(scores.dtype)
-    table = values - values.unsqueeze(1)
+    table = number_values.to(scores.dtype) - number_values.to(scores.dtype).unsqueeze(1)
     table = table if form == "mse" else table.abs()
     if squash_factor is not None:
         expect(form == "wasserstein", name, "squash_factor", "None for the mse form", squash_factor)
@@ -72,9 +71,8 @@ def number_token_loss(
     index = torch.where(same.any(-1) & (target != ignore_index), same.long().argmax(-1), -100)
     if not reweigh:
         scores, number_ids = scores.at_columns(number_ids), torch.arange(number_ids.shape[0], device=number_ids.device)
-    options = dict(columns=number_ids, table=table, squared=form == "mse", reweigh=reweigh)
-    loss = _number_token_loss(scores, index, **options, row_weight=row_weight, reduction=reduction)
-    return loss if valid is None else loss * valid
+    options = dict(columns=number_ids, table=table if valid is None else table * valid, squared=form == "mse", reweigh=reweigh)
+    return _number_token_loss(scores, index, **options, row_weight=row_weight, reduction=reduction)
 
 
 number_token_loss.__doc__ += COMMON
