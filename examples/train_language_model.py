@@ -112,7 +112,8 @@ def train_step(
     # Cut at the hidden states, the loss step stands alone: scores, loss, and the gradients of hidden states and
     # weight. The sums are those of one `loss.backward()` through the whole model.
     top = hidden.detach().requires_grad_()
-    if trace is not None:
+    if trace is not None:  # with no scratch memory of an earlier step: it is counted
+        fusedloss.set_workspace_limit(0)
         trace.settle()
     loss_started = perf_counter()
     with autocast:
@@ -124,6 +125,7 @@ def train_step(
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    fusedloss.set_workspace_limit(fusedloss.memory.WORKSPACE_LIMIT)
     return Step(loss.item(), started, loss_started, loss_ended, ended=perf_counter(), trace=trace)
 
 
