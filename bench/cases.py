@@ -106,19 +106,19 @@ def step(loss: Loss, x: Tensor, w: Tensor, target: Tensor, **options: object) ->
     return call
 
 
-def floor(x: Tensor, w: Tensor, gemms: int = 3) -> Call:
-    """The bare GEMMs of scores, dX and dW (the first `gemms` of them) over chunks of rows into reused buffers."""
+def floor(x: Tensor, w: Tensor, gemms: int = 3, rows: int = FLOOR_ROWS) -> Call:
+    """The bare GEMMs of scores, dX and dW (the first `gemms` of them) over chunks of `rows` into reused buffers."""
     x, w = x.detach(), w.detach()
-    scores = x.new_ones(min(FLOOR_ROWS, x.shape[0]), w.shape[0])  # ones: touched, so that no page is missing later
+    scores = x.new_ones(min(rows, x.shape[0]), w.shape[0])  # ones: touched, so that no page is missing later
     dx, dw = torch.ones_like(x), torch.ones_like(w)
 
     def call():
-        for start in range(0, x.shape[0], FLOOR_ROWS):
-            part = x[start : start + FLOOR_ROWS]
+        for start in range(0, x.shape[0], rows):
+            part = x[start : start + rows]
             tile = scores[: part.shape[0]]
             torch.mm(part, w.t(), out=tile)
             if gemms > 1:
-                torch.mm(tile, w, out=dx[start : start + FLOOR_ROWS])
+                torch.mm(tile, w, out=dx[start : start + rows])
             if gemms > 2:
                 torch.mm(tile.t(), part, out=dw)
         return ()

@@ -25,7 +25,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 
 import torch
 import torch.nn.functional as F
-from cases import chunked, compiled, eager, eager_fp32, ours, shape_name, step
+from cases import chunked, compiled, eager, eager_fp32, floor, ours, shape_name, step
 from harness import MIB, OURS, Call, Row, append, check_linear, commit, table
 from torch import Tensor
 
@@ -63,24 +63,6 @@ def operands(shape, device, confident: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 
 # --- contenders ------------------------------------------------------------------------------------------------------
-
-
-def gemms(x: Tensor, w: Tensor, rows: int) -> Call:
-    """Scores, dX and dW as bare products in the operands' type over chunks of `rows`, into reused buffers."""
-    x, w = x.detach(), w.detach()
-    scores = x.new_empty(min(rows, x.shape[0]), w.shape[0])
-    dx, dw = torch.empty_like(x), torch.empty_like(w)
-
-    def call():
-        for start in range(0, x.shape[0], rows):
-            part = x[start : start + rows]
-            tile = scores[: part.shape[0]]
-            torch.mm(part, w.t(), out=tile)
-            torch.mm(tile, w, out=dx[start : start + rows])
-            torch.mm(tile.t(), part, out=dw)
-        return ()
-
-    return call
 
 
 def liger(x: Tensor, w: Tensor, target: Tensor) -> Tensor:
@@ -150,7 +132,8 @@ def our_ways(device: torch.device) -> dict[str, Callable[..., Tensor]]:
 
 
 def linear_contenders(x, w, target, quick: bool) -> dict[str, Call]:
-    calls = {"floor: GEMMs, 4096 rows": gemms(x, w, 4096), "floor: GEMMs, unchunked": gemms(x, w, x.shape[0])}
+    floors = {"4096 rows": 4096, "unchunked": x.shape[0]}
+    calls = {f"floor: GEMMs, {name}": floor(x, w, rows=rows) for name, rows in floors.items()}
     ways = our_ways(x.device) | {"torch, eager": eager, "torch, eager, fp32 logits": eager_fp32}
     if not quick:
         ways["torch.compile of eager"] = compiled(eager)
@@ -228,16 +211,13 @@ def measure(case: str, calls: dict[str, Call], check: Callable[[Call], None], cl
                 check(call)
         except AssertionError as wrong:
             notes[name] = f"wrong: {str(wrong).splitlines()[0]}"
-            if name.startswith(OURS):
-                failures.append(f"{case}: {name}: {notes[name]}")
         except Exception as error:
             notes[name] = f"failed: {type(error).__name__}: {error}".splitlines()[0][:160]
             print(f"  {case}: {name} {notes[name]}", flush=True)
-            if name.startswith(OURS):
-                failures.append(f"{case}: {name}: {notes[name]}")
             del calls[name]
             if clock.cuda:
                 torch.cuda.empty_cache()
+    failures.extend(f"{case}: {name}: {note}" for name, note in notes.items() if name.startswith(OURS))
     spent = sum(clock.seconds(call) for call in calls.values())
     rounds = 2 if quick else max(ROUNDS[0], min(ROUNDS[1], int(SECONDS / max(spent, 1e-9))))
     times = {name: [] for name in calls}
@@ -245,8 +225,8 @@ def measure(case: str, calls: dict[str, Call], check: Callable[[Call], None], cl
         for name, call in calls.items():
             times[name].append(clock.seconds(call))
     median = {name: statistics.median(values) for name, values in times.items()}
-    floor = min(seconds for name, seconds in median.items() if name.startswith("floor"))
-    fields = lambda name: (1e3 * median[name], median[name] / floor, peaks[name] / MIB, 0.0, 0, rounds, 0.0)  # noqa: E731
+    least = min(seconds for name, seconds in median.items() if name.startswith("floor"))
+    fields = lambda name: (1e3 * median[name], median[name] / least, peaks[name] / MIB, 0.0, 0, rounds, 0.0)  # noqa: E731
     return [Row(*about, case, "bf16", name, *fields(name), notes.get(name, "")) for name in calls]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import autograd, trace
 from .checks import check_reduction, expect, fixed
 from .scores import Scores, as_scores
-from .targets import checked_target
+from .targets import checked_target, spoilt
 
 # Row losses work on statistics as they are kept: rounded to float32, a lse of 10 would put an error of 5e-7 on every p.
 STATISTICS = "float64"
@@ -49,7 +49,7 @@ def row_factors(
         total = factor.sum()
         # No row counts: the loss is 0, not 0/0 (torch returns NaN there), and a masked batch does no harm.
         factor = torch.where(total == 0, 0.0, factor / torch.where(total == 0, 1.0, total))
-    return factor if valid is None else factor * valid
+    return spoilt(factor, valid)
 
 
 def evaluate(

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .backends.tile import Exponentials, Sums
-from .memory import empty, workspace
+from .memory import workspace
 from .plan import Plan, accumulation_dtype, divided_up, half, spans
 from .statistics import Count, LogSumExp, Score, Statistic
 from .stream import Stream, narrowed
@@ -133,23 +133,26 @@ def eager_sweep(
 ) -> None:
     """Statistics, loss and gradients chunk by chunk; `step` maps a chunk's states to its coefficients."""
     wide, device, narrow = accumulation_dtype(stream.dtype), stream.x.device, stream.dtype
+    width = stream.x.shape[1]
+    direct = into.x is not None and stream.kept is None and into.x.dtype == wide
+    accumulates = into.weight is not None and layout.accumulator_bytes > 0
+    rounds = into.weight is not None and into.weight.dtype != wide and not accumulates  # its blocks, one by one
     kept = layout.exponentials and not layout.in_place
     scratch = kept and narrow != wide and not layout.fused  # scores are computed into a block of their own, kept narrow
     wanted = [
         ((layout.chunk_rows, stream.columns), narrow if kept else wide),
         ((layout.chunk_rows, layout.block_columns if scratch else 0), wide),
-        ((layout.chunk_rows, stream.x.shape[1]), wide),
-        (into.weight.shape if into.weight is not None and layout.accumulator_bytes else (0,), wide),
-        ((_part_classes(layout, stream.x.shape[1]), stream.x.shape[1]), wide),
-        ((layout.block_columns if threshold > 0 else 0, stream.x.shape[1]), narrow),
+        ((layout.chunk_rows if into.x is not None and not direct else 0, width), wide),
+        (into.weight.shape if accumulates else (0,), wide),
+        ((_part_classes(layout, width) if rounds or threshold > 0 else 0, width), wide),
+        ((layout.block_columns if threshold > 0 else 0, width), narrow),
     ]
     with workspace(device, *wanted) as (buffer, scratch, dx, accumulator, part, picked):
-        dw = accumulator if accumulator.numel() else into.weight
+        dw = accumulator if accumulates else into.weight
         for rows in spans(stream.rows, layout.chunk_rows):
             chunk = _Chunk(stream, stats, layout, rows, buffer, scratch)
             states = chunk.statistics()
             coefficients = step(rows, states)
-            direct = into.x is not None and stream.kept is None and into.x.dtype == wide
             here = None if into.x is None else into.x[rows] if direct else dx[: rows.stop - rows.start]
             factored = None if threshold > 0 else chunk.factored(states, coefficients, into.sums)
             x = chunk.x if factored is None else (chunk.x * factored.rows).to(narrow)

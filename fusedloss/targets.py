@@ -36,6 +36,11 @@ def checked_target(name: str, scores, target: Tensor, ignore_index: int) -> tupl
     return safe.reshape(-1), keep.reshape(-1), None if target.device.type == "cpu" else valid
 
 
+def spoilt(values: Tensor, valid: Tensor | None) -> Tensor:
+    """Values that are NaN when a target was out of range; `valid` as `checked_target` returns it."""
+    return values if valid is None else values * valid
+
+
 def check() -> None:
     """Raise IndexError if a target on a device was out of range since the last check. Waits for the devices.
 

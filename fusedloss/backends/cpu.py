@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import statistics as S
 from .native import DTYPES, _native, arguments, load_error, native_sums, native_tile
-from .tile import Exponentials, Limits, Sums, Tile
+from .tile import CPU_LIMITS, Exponentials, Limits, Sums, Tile
 from .torch import gemm as plain_gemm
 
 name = "cpu"
@@ -31,19 +31,7 @@ def supports(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def limits(device: torch.device) -> Limits:
-    """Measured; see docs/performance.md. A block stays in the caches between the GEMM and the pass over it."""
-    return Limits(
-        budget=256 << 20,
-        eager_rows=192,
-        most_rows=2048,
-        block_bytes=8 << 20,
-        recompute_bytes=8 << 20,
-        logits_bytes=16 << 20,
-        block_columns=2048,
-        cached_bytes=4 << 20,
-        kept_columns=2048,
-        in_place=False,
-    )
+    return CPU_LIMITS
 
 
 # --- GEMM with fp32 sums ---------------------------------------------------------------------------------------------

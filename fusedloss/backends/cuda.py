@@ -12,8 +12,8 @@ from .. import statistics as S
 from . import triton
 from .cublas import gemm  # noqa: F401
 from .native import DTYPES, _native, arguments, load_error, native_sums, native_tile
-from .tile import Exponentials, Limits, Sums, Tile
-from .triton import LINEAR_KEPT_COLUMNS, linear_statistics  # noqa: F401 (this backend's too: nothing of it is compiled)
+from .tile import Exponentials, Sums, Tile
+from .triton import limits, linear_statistics  # noqa: F401 (of this backend too: nothing of the product is compiled)
 
 name = "cuda"
 
@@ -36,22 +36,6 @@ def supports(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and dtype in DTYPES
 
 
-def limits(device: torch.device) -> Limits:
-    """A start, not yet measured: tiles that keep any device busy, whole rows of them."""
-    return Limits(
-        budget=1 << 30,
-        eager_rows=512,
-        most_rows=4096,
-        block_bytes=1 << 30,
-        recompute_bytes=64 << 20,
-        logits_bytes=1 << 62,
-        block_columns=1 << 62,
-        cached_bytes=0,
-        kept_columns=4096,
-        in_place=True,
-        fused_columns=LINEAR_KEPT_COLUMNS,
-        fuses_eager=False,  # cuBLAS and a pass over the tile: an expectation, see bench/results/NOTES.md
-    )
 
 
 def take_columns(matrix: Tensor, columns: Tensor) -> Tensor:

@@ -101,3 +101,33 @@ class Limits:
     in_place: bool  # narrow kept exponentials in the fp32 tile itself, rather than from a scratch block
     fused_columns: int = 0  # columns that share a shift where the product itself leaves exponentials; 0: it does not
     fuses_eager: bool = False  # and whether the eager schedule lets it
+
+
+# Measured; see docs/performance.md. A block stays in the caches between the GEMM and the pass over it.
+CPU_LIMITS = Limits(
+    budget=256 << 20,
+    eager_rows=192,
+    most_rows=2048,
+    block_bytes=8 << 20,
+    recompute_bytes=8 << 20,
+    logits_bytes=16 << 20,
+    block_columns=2048,
+    cached_bytes=4 << 20,
+    kept_columns=2048,
+    in_place=False,
+)
+
+# Expectations, not measured; see bench/results/NOTES.md. Whole row chunks: there is no cache that a block of scores could
+# stay in, and few launches are what counts.
+GPU_LIMITS = Limits(
+    budget=1 << 30,
+    eager_rows=512,
+    most_rows=4096,
+    block_bytes=1 << 30,
+    recompute_bytes=64 << 20,
+    logits_bytes=1 << 62,
+    block_columns=1 << 62,
+    cached_bytes=0,
+    kept_columns=4096,
+    in_place=True,
+)

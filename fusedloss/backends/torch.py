@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..statistics import LogSumExp, Score, Statistic
-from .tile import Exponentials, Limits, Sums, Tile
+from .tile import CPU_LIMITS, GPU_LIMITS, Exponentials, Limits, Sums, Tile
 
 name = "torch"
 reads_scale = True
@@ -24,9 +25,8 @@ def why_not() -> str | None:
 
 
 def limits(device: torch.device) -> Limits:
-    if device.type == "cpu":
-        return Limits(256 << 20, 192, 2048, 8 << 20, 8 << 20, 16 << 20, 2048, 4 << 20, 2048, in_place=False)
-    return Limits(1 << 30, 512, 4096, 1 << 30, 64 << 20, 1 << 30, 1 << 40, 0, 4096, in_place=True)
+    # Every step over given logits is written out here: not over all of them at once.
+    return CPU_LIMITS if device.type == "cpu" else replace(GPU_LIMITS, logits_bytes=1 << 30)
 
 
 def gemm(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:

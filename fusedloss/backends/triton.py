@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from .. import __path__ as package_path
 from ..statistics import Statistic
 from .cublas import gemm as device_gemm
-from .tile import Exponentials, Limits, Sums, Tile
+from .tile import GPU_LIMITS, Exponentials, Limits, Sums, Tile
 from .torch import gemm as plain_gemm
 from .torch import take_columns as take_columns
 
@@ -67,21 +68,7 @@ def describe(dtype: torch.dtype) -> str:
 
 
 def limits(device: torch.device) -> Limits:
-    """Whole row chunks: there is no cache that a block of scores could stay in, and few launches are what counts."""
-    return Limits(
-        budget=1 << 30,
-        eager_rows=512,
-        most_rows=4096,
-        block_bytes=1 << 30,
-        recompute_bytes=64 << 20,
-        logits_bytes=1 << 62,
-        block_columns=1 << 62,
-        cached_bytes=0,
-        kept_columns=4096,
-        in_place=True,
-        fused_columns=LINEAR_KEPT_COLUMNS,
-        fuses_eager=False,  # cuBLAS and a pass over the tile: an expectation, see bench/results/NOTES.md
-    )
+    return replace(GPU_LIMITS, fused_columns=LINEAR_KEPT_COLUMNS)
 
 
 # --- GEMM with fp32 sums ---------------------------------------------------------------------------------------------

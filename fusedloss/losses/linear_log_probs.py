@@ -11,7 +11,7 @@ from ..numerics import log_partition, nll
 from ..relation import Rest
 from ..scores import linear_scores
 from ..statistics import Expectation, LogSumExp, Score
-from ..targets import checked_target
+from ..targets import checked_target, spoilt
 
 
 class LogProbs(NamedTuple):
@@ -61,8 +61,7 @@ def linear_log_probs(
     lse_rest, hit, *mean = scores.keeping(keep).reduce(*asked)
 
     def shown(values: Tensor) -> Tensor:
-        values = torch.where(keep, values, 0.0).to(scores.dtype).reshape(scores.leading)
-        return values if valid is None else values * valid
+        return spoilt(torch.where(keep, values, 0.0).to(scores.dtype).reshape(scores.leading), valid)
 
     log_probs = shown(-nll(lse_rest, hit))
     if not (return_lse or return_entropy):

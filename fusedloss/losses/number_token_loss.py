@@ -9,7 +9,7 @@ from ..checks import check_number, expect
 from ..row_loss import COMMON, row_loss
 from ..scores import Scores, as_scores
 from ..statistics import LogSumExp, Score
-from ..targets import checked_target
+from ..targets import checked_target, spoilt
 
 
 @row_loss
@@ -52,13 +52,13 @@ def number_token_loss(
 
     Rows whose target is no number token are left out of the loss and of the mean, as ignored rows are. No class weight.
     """
-    name = "number_token_loss"
-    scores = as_scores(scores)
+    name, scores = "number_token_loss", as_scores(scores)
     expect(form in ("wasserstein", "mse"), name, "form", "wasserstein or mse", form)
     expect(number_ids.dim() == 1 and number_ids.numel() > 0, name, "number_ids", "shape (k,), k ≥ 1", number_ids)
     expect(number_ids.dtype == torch.int64, name, "number_ids", "torch.int64", number_ids.dtype, TypeError)
     expect(number_values.shape == number_ids.shape, name, "number_values", "the shape of number_ids", number_values)
-    table = number_values.to(scores.dtype) - number_values.to(scores.dtype).unsqueeze(1)
+    values = number_values.to(scores.dtype)
+    table = values - values.unsqueeze(1)
     table = table if form == "mse" else table.abs()
     if squash_factor is not None:
         expect(form == "wasserstein", name, "squash_factor", "None for the mse form", squash_factor)
@@ -71,8 +71,8 @@ def number_token_loss(
     index = torch.where(same.any(-1) & (target != ignore_index), same.long().argmax(-1), -100)
     if not reweigh:
         scores, number_ids = scores.at_columns(number_ids), torch.arange(number_ids.shape[0], device=number_ids.device)
-    options = dict(columns=number_ids, table=table if valid is None else table * valid, squared=form == "mse", reweigh=reweigh)
-    return _number_token_loss(scores, index, **options, row_weight=row_weight, reduction=reduction)
+    options = dict(columns=number_ids, table=table, squared=form == "mse", reweigh=reweigh)
+    return spoilt(_number_token_loss(scores, index, **options, row_weight=row_weight, reduction=reduction), valid)
 
 
 number_token_loss.__doc__ += COMMON
