@@ -25,8 +25,23 @@ from .losses.squentropy import squentropy
 from .losses.taylor_softmax_loss import taylor_softmax_loss
 from .memory import set_workspace_limit
 from .numerics import nll, softplus
-from .relation import Rest
+from .relation import Other, Rest, Same, Where
 from .row_loss import row_loss
 from .scores import Scores, linear_scores, logits_scores
-from .statistics import Count, Expectation, LogSumExp, Max, Min, Moments, Score, Sum, SumOf, SumOfSquares, TopK
+from .similarity import similarity_scores
+from .statistics import (
+    Columns,
+    Count,
+    Expectation,
+    LogSumExp,
+    LogSumExpOf,
+    Max,
+    Min,
+    Moments,
+    Score,
+    Sum,
+    SumOf,
+    SumOfSquares,
+    TopK,
+)
 from .targets import check, set_strict

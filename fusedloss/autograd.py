@@ -16,6 +16,7 @@ from . import ops
 from .dense import DenseScores, dense_scores
 from .memory import empty
 from .ops import decode, encode
+from .statistics import split
 
 __all__ = ["encode", "statistics", "weighted_total"]
 
@@ -30,7 +31,9 @@ def _needs(streams: Sequence[Tensor | None]) -> list[bool]:
 
 def _dense(spec: ops.Spec, streams: Sequence[Tensor | None]) -> DenseScores:
     scale = spec.scale if streams[5] is None else streams[5]
-    return DenseScores(dense_scores(*streams[:5], spec.softcap, scale, ops.DTYPES[spec.multiply]))
+    x, weight, *vectors = streams[:5]
+    weight = x if spec.symmetric else weight
+    return DenseScores(dense_scores(x, weight, *vectors, spec.softcap, scale, ops.DTYPES[spec.multiply]))
 
 
 def _scaled(gradient: Tensor, factor: Tensor, like: Tensor, in_place: bool) -> Tensor:
@@ -53,33 +56,54 @@ def _scaled(gradient: Tensor, factor: Tensor, like: Tensor, in_place: bool) -> T
 class _Statistics(torch.autograd.Function):
     @staticmethod
     def forward(ctx, text, keep, carried, *streams):
-        values, columns, states = _op.statistics(text, *streams, keep, carried)
+        values, columns, states, *across = _op.statistics(text, *streams, keep, carried)
         ctx.text, ctx.keep, ctx.carried = text, keep, carried
-        ctx.save_for_backward(*streams, states)
-        ctx.mark_non_differentiable(columns, states)
+        ctx.save_for_backward(*streams, states, across[2])
+        ctx.mark_non_differentiable(columns, states, *across[1:])
         ctx.set_materialize_grads(False)
-        return values, columns, states
+        return values, columns, states, *across
 
     @staticmethod
-    def backward(ctx, grad, _columns, _states):
+    def backward(ctx, grad, _columns, _states, grad_across, *_):
         none = (None, None, None)
-        if grad is None:
+        *streams, states, states_across = ctx.saved_tensors
+        both = _both_gradients(ctx.text, ctx.carried, grad, grad_across, states, states_across)
+        if both is None:
             return *none, *([None] * STREAMS)
-        *streams, states = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[len(none) :])
         if torch.is_grad_enabled():
-            return *none, *_dense_statistics_gradient(ctx, streams, grad, needs)
-        found = _op.statistics_backward(ctx.text, *streams, ctx.keep, ctx.carried, states, grad, needs)
+            return *none, *_dense_statistics_gradient(ctx, streams, *both, needs)
+        found = _op.statistics_backward(
+            ctx.text, *streams, ctx.keep, ctx.carried, states, both[0], states_across, both[1], needs
+        )
         return *none, *[g if n else None for g, n in zip(found, needs)]
 
 
-def _dense_statistics_gradient(ctx, streams, grad, needs) -> list[Tensor | None]:
+def _both_gradients(text, carried, grad, grad_across, states, states_across) -> tuple[Tensor, Tensor] | None:
+    """Gradients of row and of column values, zeros for those that nobody used; None when nobody used any."""
+    if grad is None and grad_across is None:
+        return None
+    outputs = [sum(s.outputs for s in part) for part in split(ops.skeletons(decode(text), carried))]
+    return tuple(
+        s.new_zeros(s.shape[0], n) if g is None else g
+        for g, s, n in zip((grad, grad_across), (states, states_across), outputs)
+    )
+
+
+def _dense_statistics_gradient(ctx, streams, grad, grad_across, needs) -> list[Tensor | None]:
     spec = decode(ctx.text)
     scores = _dense(spec, streams)
     if ctx.keep is not None:
         grad = torch.where(ctx.keep.unsqueeze(1), grad, 0.0)
-    values = torch.cat([s.value(s.of(scores.z, 0)) for s in ops.skeletons(spec, ctx.carried)], 1)
-    return _gradients(values, streams, grad.to(values.dtype), needs)
+    stats, across = split(ops.skeletons(spec, ctx.carried))
+    found = [(s.value(s.of(scores.z, 0)), g) for s, g in _zipped(stats, grad)]
+    found += [(s.value(s.of(scores.z.t(), 0)), g) for s, g in _zipped(across, grad_across)]
+    found = [(v.double(), g.double()) for v, g in found if v.requires_grad]  # a count has no gradient
+    return _gradients([v for v, _ in found], streams, [g for _, g in found], needs)
+
+
+def _zipped(stats, grad: Tensor):
+    return zip(stats, grad.split([s.outputs for s in stats], 1)) if stats else ()
 
 
 def _gradients(output, streams, grad, needs) -> list[Tensor | None]:
@@ -91,17 +115,20 @@ def _gradients(output, streams, grad, needs) -> list[Tensor | None]:
 def _setup_statistics(ctx, inputs, output):
     text, *rest = inputs
     ctx.text, ctx.carried, ctx.keep = text, rest[7], rest[6]
-    ctx.save_for_backward(*rest[:6], output[2])
+    ctx.save_for_backward(*rest[:6], output[2], output[5])
     ctx.set_materialize_grads(False)
 
 
-def _statistics_formula(ctx, grad, _columns, _states):
-    *streams, states = ctx.saved_tensors
+def _statistics_formula(ctx, grad, _columns, _states, grad_across, *_):
+    *streams, states, states_across = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[1 : 1 + STREAMS])
     after = (None, [None] * len(ctx.carried))
-    if grad is None:
+    both = _both_gradients(ctx.text, ctx.carried, grad, grad_across, states, states_across)
+    if both is None:
         return None, *([None] * STREAMS), *after
-    found = _op.statistics_backward(ctx.text, *streams, ctx.keep, ctx.carried, states, grad, needs)
+    found = _op.statistics_backward(
+        ctx.text, *streams, ctx.keep, ctx.carried, states, both[0], states_across, both[1], needs
+    )
     return None, *[g if n else None for g, n in zip(found, needs)], *after
 
 
@@ -109,7 +136,8 @@ torch.library.register_autograd("fusedloss::statistics", _statistics_formula, se
 
 
 def statistics(text: str, streams: Sequence[Tensor | None], keep: Tensor | None, carried: list[Tensor]):
-    """(values, columns, states) of the statistics that `text` names; differentiable in the streams."""
+    """(values, columns found, states) of the statistics that `text` names, of rows and then of columns; differentiable
+    in the streams."""
     if torch.compiler.is_compiling():
         return _op.statistics(text, *streams, keep, carried)
     return _Statistics.apply(text, keep, carried, *streams)

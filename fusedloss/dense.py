@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .backends.tile import Tile
-from .statistics import Statistic
+from .statistics import Columns, Statistic
 
 
 def dense_scores(x, weight, bias, class_scale, class_shift, softcap, scale, multiply: torch.dtype) -> Tensor:
@@ -27,7 +27,9 @@ class DenseScores:
     def reduce(self, *statistics: Statistic) -> object:
         shown = []
         for s in statistics:
-            state = s.of(self.z, 0)
+            z = self.z.t() if isinstance(s, Columns) else self.z
+            s = s.statistic if isinstance(s, Columns) else s
+            state = s.of(z, 0)
             columns = s.columns(state) if hasattr(s, "k") else None
             shown.append(s.present(s.value(state).double(), columns))
         return shown[0] if len(shown) == 1 else shown

@@ -1,6 +1,6 @@
 """The operators: whole walks as opaque `torch.library` ops on plain tensors, and their autograd.
 
-* ``fusedloss::statistics``       statistics of scores (forward of the recompute schedule)
+* ``fusedloss::statistics``       statistics of scores, of rows and of columns (forward of the recompute schedule)
 * ``fusedloss::statistics_backward``
 * ``fusedloss::eager_gradient``   the weighted sum of per-row losses, the losses, and the sum's gradients, in one walk
 
@@ -19,12 +19,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from . import backends
-from .backends.tile import Sums
+from . import backends, symmetric
+from .backends.tile import Across, Sums
 from .memory import empty
 from .plan import Plan, Walk, accumulation_dtype, waiting_dtype
 from .schedule import Gradients, eager_sweep, gradient_sweep, keeps_exponentials, statistics_sweep
-from .statistics import Statistic, build
+from .statistics import Statistic, build, split
 from .stream import Stream
 from .trace import PROGRAMS
 
@@ -41,19 +41,22 @@ class Spec:
     multiply: str  # the type in which x and W are multiplied (autocast), as str(dtype)
     walk: Walk
     program: str = ""  # key of a traced loss (eager_gradient only)
+    symmetric: bool = False  # weight is x
 
 
 @torch.compiler.assume_constant_result
-def encode(statistics: tuple, softcap: float, scale: float, multiply: str, walk: tuple, program: str) -> str:
+def encode(
+    statistics: tuple, softcap: float, scale: float, multiply: str, walk: tuple, program: str, symmetric: bool
+) -> str:
     """The string that `decode` reads; a constant under torch.compile."""
-    return repr((statistics, softcap, scale, multiply, walk, program))
+    return repr((statistics, softcap, scale, multiply, walk, program, symmetric))
 
 
 @lru_cache(maxsize=4096)
 def decode(text: str) -> Spec:
     # Infinity has no literal in Python; a loss may well be called "info".
-    statistics, softcap, scale, multiply, walk, program = ast.literal_eval(re.sub(r"\binf\b", "2e308", text))
-    return Spec(statistics, softcap, scale, multiply, Walk(*walk), program)
+    statistics, softcap, scale, multiply, walk, program, same = ast.literal_eval(re.sub(r"\binf\b", "2e308", text))
+    return Spec(statistics, softcap, scale, multiply, Walk(*walk), program, same)
 
 
 STREAMS = (
@@ -61,10 +64,15 @@ STREAMS = (
 )
 GRADIENTS = "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor"  # of the first six, empty where not needed
 
-torch.library.define("fusedloss::statistics", f"(str spec, {STREAMS}, Tensor[] carried) -> (Tensor, Tensor, Tensor)")
+# values, columns found, states: of rows, then of columns
+torch.library.define(
+    "fusedloss::statistics",
+    f"(str spec, {STREAMS}, Tensor[] carried) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 torch.library.define(
     "fusedloss::statistics_backward",
-    f"(str spec, {STREAMS}, Tensor[] carried, Tensor states, Tensor grad, bool[] needs) -> ({GRADIENTS})",
+    f"(str spec, {STREAMS}, Tensor[] carried, Tensor states, Tensor grad, Tensor states_across, Tensor grad_across, "
+    f"bool[] needs) -> ({GRADIENTS})",
 )
 torch.library.define(
     "fusedloss::eager_gradient",
@@ -101,6 +109,7 @@ def _stream(spec: Spec, x, weight, bias, class_scale, class_shift, scale, keep) 
         spec.scale if scale is None else scale.detach() if getattr(backend, "reads_scale", False) else scale.item(),
         kept,
         backend,
+        spec.symmetric and kept is None,
     )
 
 
@@ -110,12 +119,15 @@ def _statistics(spec: Spec, carried: list[Tensor], kept: Tensor | None) -> list[
     return stats if kept is None else [s.taking(kept) for s in stats]
 
 
-def _recompute_layout(stream: Stream, walk: Walk) -> Plan:
+def _recompute_layout(stream: Stream, walk: Walk, across: bool = False) -> Plan:
     if stream.weight is None:
         most = stream.backend.limits(stream.x.device).logits_bytes
         rows = max(1, min(stream.rows, most // max(1, stream.columns * stream.dtype.itemsize)))
         return Plan("logits", rows, -(-stream.rows // rows), max(1, stream.columns), 0, 0, 0)
-    return stream.plan(replace(walk, schedule="recompute"))
+    room = stream.backend.limits(stream.x.device).pair_bytes if across else walk.memory_budget
+    if across and walk.memory_budget is not None:
+        room = min(room, walk.memory_budget)
+    return stream.plan(replace(walk, schedule="recompute", memory_budget=room))
 
 
 def _counting(keep: Tensor | None, values: Tensor) -> Tensor:
@@ -139,12 +151,28 @@ def _whole(stream: Stream, part: Tensor, rows: int) -> Tensor:
 def _statistics_forward(text, x, weight, bias, class_scale, class_shift, scale, keep, carried):
     spec = decode(text)
     stream = _stream(spec, x, weight, bias, class_scale, class_shift, scale, keep)
-    stats = _statistics(spec, carried, stream.kept)
-    states = statistics_sweep(stream, stats, _recompute_layout(stream, spec.walk))
-    values = torch.cat([s.value(state) for s, state in zip(stats, states)], 1)
-    columns = [s.columns(state) for s, state in zip(stats, states) if hasattr(s, "columns") and callable(s.columns)]
-    columns = torch.cat(columns, 1) if columns else torch.empty(stream.rows, 0, dtype=torch.int64, device=x.device)
-    return tuple(_whole(stream, t, x.shape[0]) for t in (_counting(keep, values), columns, torch.cat(states, 1)))
+    stats, across = split(_statistics(spec, carried, stream.kept))
+    if stream.symmetric:  # what a column has over its rows is what that row has over its columns
+        both = symmetric.statistics_sweep(stream, [*stats, *across], spec.walk.memory_budget)
+        states, below = both[: len(stats)], both[len(stats) :]
+    else:
+        states, below = statistics_sweep(stream, stats, _recompute_layout(stream, spec.walk, bool(across)), across)
+    values, columns, states = _shown(stats, states, stream.rows, x.device)
+    return (
+        *(_whole(stream, t, x.shape[0]) for t in (_counting(keep, values), columns, states)),
+        *_shown(across, below, stream.columns, x.device),
+    )
+
+
+def _shown(stats, states, count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, columns found and states, each in one matrix."""
+    found = [s.columns(state) for s, state in zip(stats, states) if hasattr(s, "k")]
+    empty = torch.zeros(count, 0, dtype=torch.float64, device=device)
+    return (
+        torch.cat([s.value(state) for s, state in zip(stats, states)], 1) if stats else empty,
+        torch.cat(found, 1) if found else empty.long(),
+        torch.cat(states, 1) if stats else empty.clone(),
+    )
 
 
 def skeletons(spec: Spec, carried) -> list[Statistic]:
@@ -155,12 +183,16 @@ def skeletons(spec: Spec, carried) -> list[Statistic]:
 @torch.library.register_fake("fusedloss::statistics")
 def _statistics_fake(text, x, weight, bias, class_scale, class_shift, scale, keep, carried):
     spec = decode(text)
-    stats = skeletons(spec, carried)
-    n = x.shape[0]
+    stats, across = split(skeletons(spec, carried))
+    columns = x.shape[1] if weight is None else weight.shape[0]
+    return (*_shown_fake(x, stats, x.shape[0]), *_shown_fake(x, across, columns))
+
+
+def _shown_fake(x, stats, count) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        x.new_empty(n, sum(s.outputs for s in stats), dtype=torch.float64),
-        x.new_empty(n, sum(s.k for s in stats if hasattr(s, "k")), dtype=torch.int64),
-        x.new_empty(n, sum(s.width for s in stats), dtype=torch.float64),
+        x.new_empty(count, sum(s.outputs for s in stats), dtype=torch.float64),
+        x.new_empty(count, sum(s.k for s in stats if hasattr(s, "k")), dtype=torch.int64),
+        x.new_empty(count, sum(s.width for s in stats), dtype=torch.float64),
     )
 
 
@@ -217,25 +249,41 @@ def _finished_fakes(needs, like: list[Tensor | None], waiting: bool) -> tuple[Te
 
 
 @torch.library.impl("fusedloss::statistics_backward", "CompositeExplicitAutograd")
-def _statistics_backward(text, x, weight, bias, class_scale, class_shift, scale, keep, carried, states, grad, needs):
+def _statistics_backward(
+    text, x, weight, bias, class_scale, class_shift, scale, keep, carried, states, grad, states_across, grad_across, needs
+):
     spec = decode(text)
     stream = _stream(spec, x, weight, bias, class_scale, class_shift, scale, keep)
-    stats = _statistics(spec, carried, stream.kept)
+    stats, below = split(_statistics(spec, carried, stream.kept))
     take = (lambda t: t) if stream.kept is None else (lambda t: t.index_select(0, stream.kept))
-    split_states = [t.contiguous() for t in take(states).split([s.width for s in stats], 1)]
-    split_grad = [t.contiguous() for t in take(_counting(keep, grad)).split([s.outputs for s in stats], 1)]
+    states, grad = _parted(stats, take(states), take(_counting(keep, grad)))
+    states_across, grad_across = _parted(below, states_across, grad_across)
     into, found = _gradient_buffers(stream, x, weight, needs)
-    peak = _peak(stream, grad)
+    peak = _peak(stream, torch.cat([g.reshape(-1) for g in (*grad, *grad_across)]))
     if peak is not None:
-        split_grad = [g / peak for g in split_grad]
-    gradient_sweep(stream, stats, split_states, split_grad, into, _recompute_layout(stream, spec.walk))
+        grad, grad_across = [g / peak for g in grad], [g / peak for g in grad_across]
+    if stream.symmetric:
+        all_of = [*stats, *below], [*states, *states_across], [*grad, *grad_across]
+        symmetric.gradient_sweep(stream, *all_of, into, spec.walk.memory_budget)
+    else:
+        across = Across(below, states_across, grad_across) if below else None
+        layout = _recompute_layout(stream, spec.walk, bool(below))
+        gradient_sweep(stream, stats, states, grad, into, layout, across)
     _rescale(found, peak)
     return _finished(found, [x, weight, bias, class_scale, class_shift, scale], waiting=False)
 
 
+def _parted(stats, states: Tensor, grad: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """The states and gradients of each statistic."""
+    if not stats:
+        return [], []
+    parts = states.split([s.width for s in stats], 1), grad.split([s.outputs for s in stats], 1)
+    return [t.contiguous() for t in parts[0]], [t.contiguous() for t in parts[1]]
+
+
 @torch.library.register_fake("fusedloss::statistics_backward")
 def _statistics_backward_fake(
-    text, x, weight, bias, class_scale, class_shift, scale, keep, carried, states, grad, needs
+    text, x, weight, bias, class_scale, class_shift, scale, keep, carried, states, grad, states_across, grad_across, needs
 ):
     return _finished_fakes(needs, [x, weight, bias, class_scale, class_shift, scale], waiting=False)
 
@@ -273,7 +321,7 @@ def _eager_gradient(text, x, weight, bias, class_scale, class_shift, scale, keep
         largest = lifted.abs().max().item() if stream.rows and spec.walk.gradient_filter else 0.0
         eager_sweep(stream, stats, step, into, layout, spec.walk.gradient_filter * largest)
     else:
-        states = statistics_sweep(stream, stats, layout)
+        states, _ = statistics_sweep(stream, stats, layout)
         gradient_sweep(stream, stats, states, step(slice(0, stream.rows), states), into, layout)
     _rescale(found, peak)
     total = (losses.double() * factor).sum().to(dtype)

@@ -68,7 +68,7 @@ def evaluate(
     streams = scores.streams()
     trained = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in streams])
     constant = not any([t.requires_grad for t in [*rows, *tensors]])
-    if reduction != "none" and trained and constant and scores.weight is not None:
+    if reduction != "none" and trained and constant and scores.weight is not None and not scores.symmetric:
         kinds = tuple([(str(t.dtype)[6:], tuple([fixed(d) for d in t.shape[1:]])) for t in rows])
         shared_kinds = tuple([(str(t.dtype)[6:], tuple([fixed(d) for d in t.shape])) for t in tensors])
         known = tuple([(k, fixed(v)) for k, v in options.items()])

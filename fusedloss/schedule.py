@@ -20,7 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .backends.tile import Exponentials, Sums
+from .backends.tile import Across, Exponentials, Sums
 from .memory import workspace
 from .plan import Plan, accumulation_dtype, divided_up, half, spans
 from .statistics import Count, LogSumExp, Score, Statistic
@@ -43,23 +43,33 @@ class Gradients:
     sums: Sums
 
 
-def statistics_sweep(stream: Stream, stats: Sequence[Statistic], layout: Plan) -> list[Tensor]:
-    """States of all statistics for all kept rows. `stats` carry the kept rows."""
+def statistics_sweep(
+    stream: Stream, stats: Sequence[Statistic], layout: Plan, across: Sequence[Statistic] = ()
+) -> tuple[list[Tensor], list[Tensor]]:
+    """States of all statistics for all kept rows, and of those `across`, for all columns. They carry the kept rows."""
     states = [s.identity(stream.rows, stream.x.device) for s in stats]
+    below = [s.identity(stream.columns, stream.x.device) for s in across]
     given = stream.weight is None
-    if stream.fuses(stats) and stream.rows:
+    if not across and stream.fuses(stats) and stream.rows:
         stream.fused_statistics(stream.input(slice(0, stream.rows)), stats, states)
-        return states
+        return states, below
     block = (0, 0) if given else (layout.chunk_rows, layout.block_columns)
     with workspace(stream.x.device, (block, accumulation_dtype(stream.dtype))) as (buffer,):
         for rows in spans(stream.rows, layout.chunk_rows):
             x = stream.input(rows)
             mine = [s.taking(rows) for s in stats]
             for columns in spans(stream.columns, layout.block_columns):
-                out = x[:, columns] if given else _corner(buffer, rows, columns)
-                tile = stream.tile(out, columns) if given else stream.compute(out, x, columns)
-                stream.backend.statistics(tile, [s.taking(columns=columns) for s in mine], [s[rows] for s in states])
-    return states
+                out = x[:, columns] if given else corner(buffer, rows, columns)
+                make = stream.tile if given else partial(stream.compute, x=x)
+                tile = make(out, columns=columns, first_row=rows.start)
+                if stats:
+                    stream.backend.statistics(
+                        tile, [s.taking(columns=columns) for s in mine], [s[rows] for s in states]
+                    )
+                if across:
+                    theirs = [s.taking(columns, rows) for s in across]
+                    stream.backend.column_statistics(tile, theirs, [s[columns] for s in below])
+    return states, below
 
 
 def gradient_sweep(
@@ -69,8 +79,14 @@ def gradient_sweep(
     coefficients: Sequence[Tensor],
     into: Gradients,
     layout: Plan,
+    across: Across | None = None,
+    visit: bool = False,
 ) -> None:
-    """Gradients from coefficients ∂L/∂value per row, computing every block again."""
+    """Gradients from coefficients ∂L/∂value per row (and, those `across`, per column), computing every block again.
+
+    With `visit` the states are merged into on the way: for coefficients that are known before, and slopes that look at
+    no state.
+    """
     backend, wait = stream.backend, accumulation_dtype(stream.dtype)
     if stream.weight is None:
         for rows in spans(stream.rows, layout.chunk_rows):
@@ -79,7 +95,9 @@ def gradient_sweep(
             direct = stream.kept is None and into.x is not None
             out = into.x[rows] if direct else torch.empty_like(data)
             cut = [s[rows] for s in states], [c[rows] for c in coefficients]
-            backend.gradient(tile, out, [s.taking(rows) for s in stats], *cut, into.sums)
+            tile = replace(tile, first_row=rows.start)
+            below = taking_across(across, slice(0, stream.columns), rows)
+            backend.gradient(tile, out, [s.taking(rows) for s in stats], *cut, into.sums, below)
             if into.x is not None and not direct:
                 stream.put(into.x, rows, out)
         return
@@ -100,12 +118,15 @@ def gradient_sweep(
             part = None if dw is None else dw[columns] if whole else block[: columns.stop - columns.start]
             for rows in spans(stream.rows, layout.chunk_rows):
                 x = stream.input(rows)
-                corner = _corner(buffer, rows, columns)
-                tile = stream.compute(corner, x, columns)
-                out = narrowed(buffer[: corner.shape[0]], slice(0, corner.shape[1]), stream.dtype)
+                raw = corner(buffer, rows, columns)
+                tile = stream.compute(raw, x, columns, rows.start)
+                out = narrowed(buffer[: raw.shape[0]], slice(0, raw.shape[1]), stream.dtype)
                 mine = [s.taking(rows, columns) for s in stats]
                 cut = [s[rows] for s in states], [c[rows] for c in coefficients]
-                backend.gradient(tile, out, mine, *cut, into.sums.taking(columns))
+                if visit:
+                    backend.statistics(tile, mine, cut[0])
+                below = taking_across(across, columns, rows)
+                backend.gradient(tile, out, mine, *cut, into.sums.taking(columns), below)
                 if dx is not None:
                     backend.gemm(dx[rows], out, stream.weight[columns], accumulate=columns.start > 0)
                 if part is not None:
@@ -114,6 +135,14 @@ def gradient_sweep(
                 dw[columns] = part
         if apart:
             stream.put(into.x, slice(0, stream.rows), dx)
+
+
+def taking_across(across: Across | None, columns: slice, rows: slice) -> Across | None:
+    """The part of some columns, over some rows."""
+    if across is None:
+        return None
+    stats = [s.taking(columns, rows) for s in across.stats]
+    return Across(stats, [s[columns] for s in across.states], [c[columns] for c in across.coefficients])
 
 
 def keeps_exponentials(stream: Stream, stats: Sequence[Statistic], sums: Sums) -> bool:
@@ -325,5 +354,5 @@ def _add_to_weight(
             dw.index_copy_(0, these, here.to(dw.dtype))
 
 
-def _corner(buffer: Tensor, rows: slice, columns: slice) -> Tensor:
+def corner(buffer: Tensor, rows: slice, columns: slice) -> Tensor:
     return buffer[: rows.stop - rows.start, : columns.stop - columns.start]

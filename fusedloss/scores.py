@@ -9,10 +9,11 @@ from torch import Tensor
 
 from . import autograd
 from .backends import choose
+from .backends.tile import Tile
 from .checks import expect, fixed
 from .dense import DenseScores, dense_scores
 from .plan import Plan, Walk, plan
-from .statistics import Statistic
+from .statistics import Columns, Statistic
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +23,7 @@ class Scores:
     s_ij = class_scale_j · scale · cap(x_i · w_j + bias_j) + class_shift_j,   cap(t) = softcap · tanh(t / softcap)
 
     or, when ``weight`` is None, the same with given logits in place of x_i · w_j. Every step may be left out.
-    Make one with `linear_scores` or `logits_scores`.
+    Make one with `linear_scores`, `logits_scores` or `similarity_scores`.
     """
 
     input: Tensor  # (*leading, D), or logits (*leading, V)
@@ -34,11 +35,29 @@ class Scores:
     scale: float | Tensor = 1.0
     walk: Walk = field(default_factory=Walk)
     keep: Tensor | None = None  # (N,) bool: rows that count
+    symmetric: bool = False  # weight is input: s_ij = s_ji, and half of them are computed
 
     @property
     def columns(self) -> int:
         """Number of classes V."""
         return self.input.shape[-1] if self.weight is None else self.weight.shape[0]
+
+    @property
+    def rows(self) -> int:
+        """Number of rows N."""
+        return self.leading.numel()
+
+    def diagonal(self) -> Tensor:
+        """(N,) the column that belongs to each row where x_i and y_i are a pair; of x with itself, the row's own column."""
+        return torch.arange(self.rows, device=self.input.device)
+
+    def of_columns(self, values: Tensor) -> Tensor:
+        """(M, …) values of all columns, given those of the columns that are here: labels, for a relation."""
+        return values
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean of values of all rows, or of all columns, given those that are here; 0 for none."""
+        return values.sum() / max(1, values.numel())
 
     @property
     def leading(self) -> torch.Size:
@@ -61,7 +80,8 @@ class Scores:
         """The tensors that gradients may flow into, in the ops' order."""
         flat = self.input.reshape(self.leading.numel(), self.input.shape[-1])
         scale = self.scale if isinstance(self.scale, Tensor) else None
-        return (flat, self.weight, self.bias, self.class_scale, self.class_shift, scale)
+        weight = flat.detach() if self.symmetric else self.weight  # all of the gradient flows into x
+        return (flat, weight, self.bias, self.class_scale, self.class_shift, scale)
 
     def spec(self, statistics: tuple, program: str = "") -> str:
         scale = 1.0 if isinstance(self.scale, Tensor) else self.scale
@@ -69,7 +89,7 @@ class Scores:
         budget = None if walk.memory_budget is None else fixed(walk.memory_budget)
         options = (budget, walk.schedule, fixed(walk.gradient_filter), walk.backend)
         return autograd.encode(
-            statistics, fixed(self.softcap), fixed(scale), str(self.multiply_dtype), options, program
+            statistics, fixed(self.softcap), fixed(scale), str(self.multiply_dtype), options, program, self.symmetric
         )
 
     def keeping(self, keep: Tensor | None) -> Scores:
@@ -84,6 +104,7 @@ class Scores:
             self.scale,
             self.walk,
             keep,
+            self.symmetric and keep is None,
         )
 
     def adjusted(self, class_scale: Tensor | None = None, class_shift: Tensor | None = None) -> Scores:
@@ -109,36 +130,64 @@ class Scores:
         """Statistics of every row, differentiable, in one pass over the scores.
 
         Returns one value for one statistic, else a list in order: (N,) tensors, (N, k) where a statistic has k values
-        per row, (value, column) for `Max`, `Min` and `TopK`. They are float64, whatever the scores are. Rows that do
-        not count (`keep`) get 0. Backward computes the scores a second time.
+        per row, (value, column) for `Max`, `Min` and `TopK`; of a `Columns` the same with V in place of N. They are
+        float64, whatever the scores are. Rows that do not count (`keep`) get 0. Backward computes the scores a second
+        time.
         """
         tensors = [t for s in statistics for _, _, t in s.tensors()]
         if any(t.requires_grad for s in statistics for name, _, t in s.tensors() if name != "row"):
             return self.dense().reduce(*statistics)
+        if self.keep is not None and any(isinstance(s, Columns) for s in statistics):
+            raise ValueError("Scores.reduce: statistics: expected no Columns where rows are left out (ignore_index)")
         text = self.spec(tuple([s.static() for s in statistics]))
         carried = [t.detach() if t.is_floating_point() else t for t in tensors]
-        values, columns, states = autograd.statistics(text, self.streams(), self.keep, carried)
-        shown, at, column_at, state_at = [], 0, 0, 0
-        for s in statistics:
-            value = values[:, at : at + s.outputs]
-            row = getattr(s, "row", None)
-            if row is not None and row.requires_grad:
-                slope = -s.factor * states[:, state_at + 1 : state_at + 2].to(value.dtype)
-                value = value + slope * (row - row.detach()).unsqueeze(1)  # zero, with the row parameter's gradient
-            found = getattr(s, "k", 0)
-            shown.append(s.present(value, columns[:, column_at : column_at + found]))
-            at, column_at, state_at = at + s.outputs, column_at + found, state_at + s.width
+        given = autograd.statistics(text, self.streams(), self.keep, carried)
+        rows, across = _Taken(*given[:3]), _Taken(*given[3:])
+        shown = [(across if isinstance(s, Columns) else rows).next(s) for s in statistics]
         return shown[0] if len(shown) == 1 else shown
+
+    def at(self, columns: Tensor) -> Tensor:
+        """Scores at given columns (N,) or (N, k), int64: N·k products instead of a pass over N·V. Differentiable."""
+        wide, flat = self.dtype, self.streams()[0]
+        picked = columns.reshape(-1)
+        if self.weight is None:
+            raw = flat.gather(1, columns.reshape(len(flat), -1)).to(wide)
+        else:
+            weight, k = self.weight.index_select(0, picked), columns[0].numel() if len(columns) else 1
+            weight = weight.to(self.multiply_dtype).to(wide).reshape(len(flat), k, -1)
+            raw = (flat.to(self.multiply_dtype).to(wide).unsqueeze(1) * weight).sum(-1)
+        vectors = [None if v is None else v.index_select(0, picked).reshape(raw.shape) for v in self.streams()[2:5]]
+        return Tile(raw, 0, *vectors, self.softcap, self.scale).scores().reshape(columns.shape).double()
 
     def dense(self) -> DenseScores:
         """The same scores as a dense matrix in plain PyTorch: any order of derivative, and all the memory."""
-        return DenseScores(dense_scores(*self.streams()[:5], self.softcap, self.scale, self.multiply_dtype))
+        flat, _, *vectors, _ = self.streams()
+        return DenseScores(dense_scores(flat, self.weight, *vectors, self.softcap, self.scale, self.multiply_dtype))
 
     def plan(self) -> Plan:
         """How a loss that separates over rows would walk these scores, and the memory it takes."""
         flat = self.streams()[0]
         backend = choose(flat.device, self.multiply_dtype, self.walk.backend)
         return plan(*flat.shape, self.columns, self.multiply_dtype, self.walk, backend.limits(flat.device))
+
+
+class _Taken:
+    """Values, columns found and states of the `statistics` op, taken off statistic by statistic."""
+
+    def __init__(self, values: Tensor, columns: Tensor, states: Tensor):
+        self.matrices, self.starts = (values, columns, states), [0, 0, 0]
+
+    def next(self, s: Statistic) -> object:
+        """What the user of `reduce` sees of the next one."""
+        s = s.statistic if isinstance(s, Columns) else s
+        sizes = (s.outputs, getattr(s, "k", 0), s.width)
+        value, found, state = [m[:, a : a + n] for m, a, n in zip(self.matrices, self.starts, sizes)]
+        self.starts = [a + n for a, n in zip(self.starts, sizes)]
+        row = getattr(s, "row", None)
+        if row is not None and row.requires_grad:
+            apart = (row - row.detach()).unsqueeze(1)  # zero, with the row parameter's gradient
+            value = value + s.row_slope(state).to(value.dtype) * apart
+        return s.present(value, found)
 
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

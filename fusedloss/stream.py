@@ -27,6 +27,7 @@ class Stream:
     scale: float | Tensor
     kept: Tensor | None  # indices of the rows that count; None when all do
     backend: ModuleType
+    symmetric: bool = False  # weight is x
 
     @property
     def rows(self) -> int:
@@ -66,9 +67,9 @@ class Stream:
         taken = self.take(self.x, rows)
         return taken if self.weight is None else taken.to(self.weight.dtype)
 
-    def tile(self, data: Tensor, columns: slice) -> Tile:
+    def tile(self, data: Tensor, columns: slice, first_row: int = 0) -> Tile:
         vectors = [None if v is None else v[columns] for v in (self.bias, self.class_scale, self.class_shift)]
-        return Tile(data, columns.start, *vectors, self.softcap, self.scale)
+        return Tile(data, columns.start, *vectors, self.softcap, self.scale, first_row)
 
     def put(self, out: Tensor, rows: slice, values: Tensor) -> None:
         """Write the rows of a chunk back to where they came from."""
@@ -77,10 +78,10 @@ class Stream:
         else:
             out.index_copy_(0, self.kept[rows], values.to(out.dtype))
 
-    def compute(self, out: Tensor, x: Tensor, columns: slice) -> Tile:
+    def compute(self, out: Tensor, x: Tensor, columns: slice, first_row: int = 0) -> Tile:
         """Raw scores of some rows in some columns, into `out`."""
         self.backend.gemm(out, x, self.weight[columns].t(), accumulate=False)
-        return self.tile(out, columns)
+        return self.tile(out, columns, first_row)
 
 
 def narrowed(buffer: Tensor, columns: slice, dtype: torch.dtype) -> Tensor:

@@ -378,7 +378,7 @@ def test_row_parameter_of_sum_of_has_a_gradient(backend, f):
     value = logits_scores(z).reduce(SumOf(f, factor=1.5, parameter=2.0, row=row, where=rest))
     found = torch.autograd.grad((value * torch.arange(4)).sum(), [z, row])
     a, b = (t.detach().double().requires_grad_() for t in (z, row))
-    keep = ~F.one_hot(rest.column, 9).bool()
+    keep = ~F.one_hot(rest.without, 9).bool()
     dense = (F_DENSE[f](1.5 * (a - b[:, None])) * keep).sum(1)
     close(value.double(), dense, 1e-5)
     for got, truth in zip(found, torch.autograd.grad((dense * torch.arange(4)).sum(), [a, b])):

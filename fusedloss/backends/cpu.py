@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from .. import statistics as S
-from .native import DTYPES, _native, arguments, load_error, native_sums, native_tile
-from .tile import CPU_LIMITS, Exponentials, Limits, Sums, Tile
+from . import torch as plain
+from .native import DTYPES, _native, arguments, compiled, load_error, native_sums, native_tile
+from .tile import CPU_LIMITS, Across, Exponentials, Limits, Sums, Tile
 from .torch import gemm as plain_gemm
 
 name = "cpu"
@@ -129,8 +130,15 @@ def statistics(
     tile: Tile, stats: Sequence[S.Statistic], states: Sequence[Tensor], keep: Exponentials | None = None
 ) -> None:
     """Merge the tile into the states, in place; with `keep`, also fill it in for `gradient_of_exponentials`."""
+    if not compiled(stats):
+        return plain.statistics(tile, stats, states, keep)
     given = arguments(stats, states, kept=keep)
     _native.statistics(native_tile(tile), [a.native for a in given])
+
+
+def column_statistics(tile: Tile, stats: Sequence[S.Statistic], states: Sequence[Tensor]) -> None:
+    """Merge the tile into states of its columns; the statistics see it transposed."""
+    plain.column_statistics(tile, stats, states)
 
 
 def gradient(
@@ -140,8 +148,11 @@ def gradient(
     states: Sequence[Tensor],
     coefficients: Sequence[Tensor],
     sums: Sums,
+    across: Across | None = None,
 ) -> None:
     """out = ∂L/∂a of the tile, given ∂L/∂value of every statistic; `out` may share the tile's memory."""
+    if across is not None or not compiled(stats):
+        return plain.gradient(tile, out, stats, states, coefficients, sums, across)
     given = arguments(stats, states, coefficients)
     _native.gradient(
         *(native_tile(tile), out.data_ptr(), out.stride(0), DTYPES[out.dtype]),

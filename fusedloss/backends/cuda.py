@@ -11,8 +11,9 @@ from torch import Tensor
 from .. import statistics as S
 from . import triton
 from .cublas import gemm  # noqa: F401
-from .native import DTYPES, _native, arguments, load_error, native_sums, native_tile
-from .tile import Exponentials, Sums, Tile
+from . import torch as plain
+from .native import DTYPES, _native, arguments, compiled, load_error, native_sums, native_tile
+from .tile import Across, Exponentials, Sums, Tile
 from .triton import limits, linear_statistics  # noqa: F401 (of this backend too: nothing of the product is compiled)
 
 name = "cuda"
@@ -58,6 +59,8 @@ def statistics(
     tile: Tile, stats: Sequence[S.Statistic], states: Sequence[Tensor], keep: Exponentials | None = None
 ) -> None:
     """Merge the tile into the states, in place; with `keep`, also fill it in for `gradient_of_exponentials`."""
+    if not compiled(stats):
+        return plain.statistics(tile, stats, states, keep)
     given = arguments(stats, states, kept=keep)
     what = native_tile(tile), [a.native for a in given]
     _launch(
@@ -67,6 +70,11 @@ def statistics(
     )
 
 
+def column_statistics(tile: Tile, stats: Sequence[S.Statistic], states: Sequence[Tensor]) -> None:
+    """Merge the tile into states of its columns; the statistics see it transposed."""
+    plain.column_statistics(tile, stats, states)
+
+
 def gradient(
     tile: Tile,
     out: Tensor,
@@ -74,8 +82,11 @@ def gradient(
     states: Sequence[Tensor],
     coefficients: Sequence[Tensor],
     sums: Sums,
+    across: Across | None = None,
 ) -> None:
     """out = ∂L/∂a of the tile, given ∂L/∂value of every statistic; `out` may share the tile's memory."""
+    if across is not None or not compiled(stats):
+        return plain.gradient(tile, out, stats, states, coefficients, sums, across)
     given = arguments(stats, states, coefficients)
     what = [a.native for a in given], native_sums(sums)
     native, to = native_tile(tile), (out.data_ptr(), out.stride(0), DTYPES[out.dtype])

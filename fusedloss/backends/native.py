@@ -46,6 +46,13 @@ def native_sums(sums: Sums):
     return _native.Sums(**asked) if any(asked.values()) else None
 
 
+def compiled(stats: Sequence[S.Statistic]) -> bool:
+    """Whether the extension has kernels for these."""
+    wheres = [getattr(s, "where", None) for s in stats]
+    plain = all(w is None or [name for name, _, _ in w.tensors()] == ["without"] for w in wheres)
+    return plain and all(type(s) in _FIELDS for s in stats)
+
+
 class Arguments:
     """One statistic for the extension, and the tensors that must outlive the call."""
 
@@ -61,7 +68,7 @@ class Arguments:
         where = getattr(statistic, "where", None)
         fields = _FIELDS[type(statistic)](self, statistic)
         if where is not None:
-            fields |= {"where": _native.REST, "rest": self.hold(where.column, torch.int64)}
+            fields |= {"where": _native.REST, "rest": self.hold(where.without, torch.int64)}
         if kept is not None and isinstance(statistic, S.LogSumExp):
             data, shift = kept.data, kept.shift
             assert shift.dtype == torch.float32 and shift.is_contiguous()

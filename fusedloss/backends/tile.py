@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..statistics import Statistic
+
 
 @dataclass(frozen=True, eq=False)
 class Tile:
-    """A block of raw scores a (n rows × m classes from class ``first`` on) that stand for
+    """A block of raw scores a (n rows from row ``first_row`` on × m classes from class ``first`` on) that stand for
 
     z_ij = class_scale_j · scale · cap(a_ij + bias_j) + class_shift_j,   cap(t) = softcap · tanh(t / softcap).
     """
@@ -23,6 +25,7 @@ class Tile:
     class_shift: Tensor | None = None
     softcap: float = 0.0
     scale: float | Tensor = 1.0
+    first_row: int = 0
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -48,6 +51,15 @@ class Tile:
             return z
         # A softcap would make -inf a finite score, a scale of 0 NaN; a masked class stays masked.
         return z.masked_fill(self.data == -torch.inf, -torch.inf)
+
+
+@dataclass(frozen=True, eq=False)
+class Across:
+    """Statistics of a tile's columns, over its rows: as those of the rows of the transposed tile. For the gradient."""
+
+    stats: Sequence[Statistic]
+    states: Sequence[Tensor]
+    coefficients: Sequence[Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +110,7 @@ class Limits:
     block_columns: int
     cached_bytes: int  # a dW this small is added to for nothing
     kept_columns: int  # columns that share a shift in `Exponentials`
+    pair_bytes: int  # a block of scores that rows and columns look at, computed again for the gradient
     in_place: bool  # narrow kept exponentials in the fp32 tile itself, rather than from a scratch block
     fused_columns: int = 0  # columns that share a shift where the product itself leaves exponentials; 0: it does not
     fuses_eager: bool = False  # and whether the eager schedule lets it
@@ -114,6 +127,7 @@ CPU_LIMITS = Limits(
     block_columns=2048,
     cached_bytes=4 << 20,
     kept_columns=2048,
+    pair_bytes=8 << 20,
     in_place=False,
 )
 
@@ -129,5 +143,6 @@ GPU_LIMITS = Limits(
     block_columns=1 << 62,
     cached_bytes=0,
     kept_columns=4096,
+    pair_bytes=1 << 30,
     in_place=True,
 )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..statistics import LogSumExp, Score, Statistic
-from .tile import CPU_LIMITS, GPU_LIMITS, Exponentials, Limits, Sums, Tile
+from .tile import CPU_LIMITS, GPU_LIMITS, Across, Exponentials, Limits, Sums, Tile
 
 name = "torch"
 reads_scale = True
@@ -63,6 +63,23 @@ def statistics(
         keep.data.copy_(torch.exp(seen))
 
 
+def column_statistics(tile: Tile, stats: Sequence[Statistic], states: Sequence[Tensor]) -> None:
+    """Merge the tile into states of its columns; the statistics see it transposed."""
+    z = tile.scores().t()
+    for statistic, state in zip(stats, states):
+        state.copy_(statistic.merge(state, statistic.of(z, tile.first_row)))
+
+
+def _slope(z: Tensor, first: int, stats, states, coefficients) -> Tensor:
+    """∂L/∂z through statistics of rows."""
+    slope = torch.zeros_like(z)
+    for statistic, state, coefficient in zip(stats, states, coefficients):
+        slope += statistic.slope(z, first, state, coefficient.to(z.dtype))
+    # A row whose coefficients are all zero has gradient exactly zero, whatever its scores are (0 · inf is NaN).
+    silent = [(c == 0).all(1) for c in coefficients]
+    return slope.masked_fill_(torch.stack(silent).all(0).unsqueeze(1), 0.0) if silent else slope
+
+
 def gradient(
     tile: Tile,
     out: Tensor,
@@ -70,17 +87,15 @@ def gradient(
     states: Sequence[Tensor],
     coefficients: Sequence[Tensor],
     sums: Sums,
+    across: Across | None = None,
 ) -> None:
     """out = ∂L/∂a of the tile, given ∂L/∂value of every statistic; `out` may share the tile's memory."""
     a, z = tile.data.to(tile.compute_dtype), tile.scores()
-    slope = torch.zeros_like(z)
-    for statistic, state, coefficient in zip(stats, states, coefficients):
-        slope += statistic.slope(z, tile.first, state, coefficient.to(z.dtype))
     masked = z == -torch.inf
+    slope = _slope(z, tile.first, stats, states, coefficients)
+    if across is not None:
+        slope = slope + _slope(z.t(), tile.first_row, across.stats, across.states, across.coefficients).t()
     slope.masked_fill_(masked, 0.0)
-    # A row whose coefficients are all zero has gradient exactly zero, whatever its scores are (0 · inf is NaN).
-    silent = torch.stack([(c == 0).all(1) for c in coefficients]).all(0)
-    slope.masked_fill_(silent.unsqueeze(1), 0.0)
 
     capped = tile.capped(a).masked_fill(masked, 0.0)
     class_scale = 1.0 if tile.class_scale is None else tile.class_scale.to(z.dtype)

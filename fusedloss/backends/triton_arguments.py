@@ -63,7 +63,7 @@ def describe(s: S.Statistic, state: Tensor, coefficient: Tensor | None = None) -
     where, operand, row = getattr(s, "where", None), _operand(given.get("operand")), given.get("row")
     form = W.NONE if operand is None else W.VECTOR if operand.dim() == 1 else W.MATRIX
     count = given.get("count", 1)
-    rest = state if where is None else where.column.to(torch.int64).contiguous()
+    rest = state if where is None else where.without.to(torch.int64).contiguous()
     spec = (given["kind"].value, given.get("function", W.NONE).value, int(where is not None), form.value,
             int(row is not None), count, triton.next_power_of_2(count), given.get("shared", 0))  # fmt: skip
     arguments = (

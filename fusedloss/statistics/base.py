@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from ..checks import fixed
-from ..relation import Rest, hide
+from ..relation import CLASSES, IDS, MATRIX, ROWS, Where
 
-# How a statistic's tensor is cut when a walk looks at some rows and some columns only.
-ROWS, CLASSES, MATRIX, IDS = "rows", "classes", "matrix", "ids"
+__all__ = ["CLASSES", "IDS", "MATRIX", "ROWS", "Statistic", "summed"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,16 +51,20 @@ class Statistic:
 
     def visible(self, z: Tensor, first: int) -> Tensor:
         where = getattr(self, "where", None)
-        return z if where is None else hide(z, where.column, first)
+        return z if where is None else where.hide(z, first)
+
+    def row_slope(self, states: Tensor) -> Tensor:
+        """(N, 1): derivative of the value in the row parameter ``row``, of statistics that have one."""
+        raise NotImplementedError
 
     def tensors(self) -> tuple[tuple[str, str, Tensor], ...]:
-        """(field, role, tensor) of every tensor carried, `where` included."""
+        """(field, role, tensor) of every tensor carried; those of `where` are called where.<field>."""
         found = []
         for name, role in self.roles:
             carried = getattr(self, name)
-            if isinstance(carried, Rest):
-                carried = carried.column
-            if carried is not None:
+            if isinstance(carried, Where):
+                found += [(f"{name}.{field}", part, tensor) for field, part, tensor in carried.tensors()]
+            elif carried is not None:
                 if role == CLASSES and carried.dim() == 2:
                     role = MATRIX
                 found.append((name, role, carried))
@@ -72,9 +75,20 @@ class Statistic:
         carried = tuple((name, role) for name, role, _ in self.tensors())
         taken = tuple(name for name, _ in self.roles)
         options = tuple((f.name, fixed(getattr(self, f.name))) for f in fields(self) if f.name not in taken)
+        where = getattr(self, "where", None)
+        if where is not None and not where.same:
+            options += (("where.same", False),)
         return (type(self).__name__, options, carried)
 
-    def taking(self, rows: Tensor | slice | None = None, columns: slice | None = None) -> Statistic:
+    def with_tensors(self, tensors: dict[str, Tensor]) -> Statistic:
+        """The same statistic with other tensors, called as `tensors` calls them."""
+        own = {name: tensor for name, tensor in tensors.items() if "." not in name}
+        inner = {name.partition(".")[2]: tensor for name, tensor in tensors.items() if "." in name}
+        if inner:
+            own["where"] = self.where.with_tensors(inner)
+        return replace(self, **own)
+
+    def taking(self, rows: Tensor | slice | None = None, columns: Tensor | slice | None = None) -> Statistic:
         """The same statistic for some of the rows and some of the columns."""
         cut = {}
         for name, role, tensor in self.tensors():
@@ -84,8 +98,8 @@ class Statistic:
                 tensor = tensor[:, columns]
             if role == CLASSES and columns is not None:
                 tensor = tensor[columns]
-            cut[name] = Rest(tensor) if name == "where" else tensor
-        return replace(self, **cut)
+            cut[name] = tensor
+        return self.with_tensors(cut)
 
 
 def summed(terms: Tensor) -> Tensor:

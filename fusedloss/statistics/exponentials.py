@@ -1,4 +1,4 @@
-"""Log-sum-exp, and expectations under the softmax."""
+"""Log-sum-exp, of scores and of functions of them, and expectations under the softmax."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..relation import Rest
+from ..relation import Where
 from .base import CLASSES, ROWS, Statistic, summed
 
 
@@ -41,7 +41,7 @@ class LogSumExp(Statistic):
     """log Σ_j exp(factor · s_j). State (m, Σ exp(factor · s_j − m))."""
 
     factor: float = 1.0
-    where: Rest | None = None
+    where: Where | None = None
     width = 2
     roles = (("where", ROWS),)
 
@@ -82,7 +82,7 @@ class Expectation(Statistic):
     near: Tensor | None = None
     power: int = 1
     factor: float = 1.0
-    where: Rest | None = None
+    where: Where | None = None
     width = 3
     roles = (("values", CLASSES), ("near", ROWS), ("where", ROWS))
 
@@ -120,3 +120,74 @@ class Expectation(Statistic):
         p = _probability(z, self.factor, state)
         away = self.factor * (self._values(z) - self.value(state).to(z.dtype))
         return coefficient * p * (1 + away if self.values is None else away)
+
+
+# g and g' of LogSumExpOf, by name; the last argument is the statistic's parameter m. `circle` is Circle loss's
+# [u + m]₊ (u − m), whose weight [u + m]₊ is a constant for the derivative, as the paper has it.
+LOG_FUNCTIONS = {
+    "log_tanh": (lambda u, _: torch.log1p(torch.tanh(u)), lambda u, _: 1 - torch.tanh(u)),
+    "log_atan": (lambda u, _: torch.log1p(torch.atan(u)), lambda u, _: 1 / ((1 + torch.atan(u)) * (1 + u * u))),
+    "log_relu": (lambda u, _: torch.log(torch.relu(u + 1)), lambda u, _: 1 / (1 + u)),
+    "circle": (lambda u, m: torch.relu(u + m).detach() * (u - m), lambda u, m: torch.relu(u + m)),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class LogSumExpOf(Statistic):
+    """log Σ_j exp(weight · g(u_j)) with u_j = factor · (s_j − row). State (m, Σ e, Σ e · g′), e = exp(weight · g − m).
+
+    ``function``: log_tanh (g = log(1 + tanh u)), log_atan (log(1 + atan u), u > −1.557), log_relu (log [1 + u]₊), or
+    circle ([u + parameter]₊ (u − parameter), its bracket constant for the derivative). A column whose g is −∞ is skipped.
+    ``row``: (N,) parameter such as the positive's score; its own gradient is returned by `reduce`.
+    """
+
+    function: str = "log_tanh"
+    factor: float = 1.0
+    weight: float = 1.0
+    parameter: float = 0.0
+    row: Tensor | None = None
+    where: Where | None = None
+    width = 3
+    roles = (("row", ROWS), ("where", ROWS))
+
+    def identity(self, rows, device):
+        return nothing_yet(rows, self.width, device)
+
+    def _exponents(self, z: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        """(weight · g, g′); −inf and 0 where the column does not count."""
+        z = self.visible(z, first)
+        seen = z != -torch.inf
+        row = 0.0 if self.row is None else self.row.to(z.dtype).unsqueeze(-1)
+        u = self.factor * (torch.where(seen, z, 0.0) - row)
+        if self.function == "log_relu":
+            seen = seen & ~(u <= -1)
+        if self.function == "log_atan":
+            seen = seen & ~(u <= -1.5574077246549023)  # atan u = −1
+        u = torch.where(seen, u, 0.0)
+        g, slope = LOG_FUNCTIONS[self.function]
+        return torch.where(seen, self.weight * g(u, self.parameter), -torch.inf), torch.where(
+            seen, slope(u, self.parameter), 0.0
+        )
+
+    def of(self, z, first):
+        if z.shape[1] == 0:
+            return self.identity(z.shape[0], z.device)
+        exponent, slope = self._exponents(z, first)
+        m = exponent.detach().amax(-1)
+        e = torch.exp(exponent - _finite_shift(m).unsqueeze(-1))
+        return torch.stack([torch.where(m == -torch.inf, m, _finite_shift(m)).double(), summed(e), summed(e * slope)], 1)
+
+    def merge(self, a, b):
+        m, fa, fb = _merged_maximum(a, b)
+        return torch.stack([m, a[:, 1] * fa + b[:, 1] * fb, a[:, 2] * fa + b[:, 2] * fb], 1)
+
+    def value(self, state):
+        total = state[:, 1:2]
+        return state[:, :1] + torch.log(torch.where(total == 0, 1.0, total))
+
+    def row_slope(self, states):
+        return -self.factor * self.weight * states[:, 2:3] / torch.where(states[:, 1:2] == 0, 1.0, states[:, 1:2])
+
+    def slope(self, z, first, state, coefficient):
+        exponent, slope = self._exponents(z, first)
+        return coefficient * self.factor * self.weight * slope * _probability(exponent, 1.0, state)

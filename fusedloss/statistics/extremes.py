@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..relation import Rest
+from ..relation import Where
 from .base import ROWS, Statistic
 from .sums import Score
 
@@ -19,7 +19,7 @@ class Extreme(Statistic):
     k: int = 1
     factor: float = 1.0
     squeeze: bool = False
-    where: Rest | None = None
+    where: Where | None = None
     roles = (("where", ROWS),)
 
     @property
@@ -68,16 +68,16 @@ class Extreme(Statistic):
         return (value[:, 0], columns[:, 0]) if self.squeeze else (value, columns)
 
 
-def Max(where: Rest | None = None) -> Extreme:
+def Max(where: Where | None = None) -> Extreme:
     """Largest score and its column, each (N,)."""
     return Extreme(k=1, squeeze=True, where=where)
 
 
-def Min(where: Rest | None = None) -> Extreme:
+def Min(where: Where | None = None) -> Extreme:
     """Smallest score and its column, each (N,)."""
     return Extreme(k=1, factor=-1.0, squeeze=True, where=where)
 
 
-def TopK(k: int, where: Rest | None = None) -> Extreme:
+def TopK(k: int, where: Where | None = None) -> Extreme:
     """The k largest scores in falling order and their columns, each (N, k)."""
     return Extreme(k=k, where=where)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..numerics import softplus
-from ..relation import Rest
+from ..relation import Where
 from .base import CLASSES, IDS, ROWS, Statistic, summed
 
 
@@ -63,7 +63,7 @@ class Sum(Statistic):
     """Σ_j w_j s_j. ``weights``: None (ones), a class vector (V,), or a matrix (N, V), such as target probabilities."""
 
     weights: Tensor | None = None
-    where: Rest | None = None
+    where: Where | None = None
     roles = (("weights", CLASSES), ("where", ROWS))
 
     def of(self, z, first):
@@ -85,7 +85,7 @@ class Count(Statistic):
     """
 
     weights: Tensor | None = None
-    where: Rest | None = None
+    where: Where | None = None
     roles = (("weights", CLASSES), ("where", ROWS))
 
     def of(self, z, first):
@@ -100,7 +100,7 @@ class Count(Statistic):
 class SumOfSquares(Statistic):
     """Σ_j s_j²."""
 
-    where: Rest | None = None
+    where: Where | None = None
     roles = (("where", ROWS),)
 
     def of(self, z, first):
@@ -116,7 +116,7 @@ class SumOfSquares(Statistic):
 class Moments(Statistic):
     """(count, mean, M2 = Σ_j (s_j − mean)²), merged by Chan's rule: no cancellation when |mean| ≫ deviation."""
 
-    where: Rest | None = None
+    where: Where | None = None
     width = 3
     outputs = 3
     roles = (("where", ROWS),)
@@ -175,7 +175,7 @@ class SumOf(Statistic):
     factor: float = 1.0
     parameter: float = 0.0
     row: Tensor | None = None
-    where: Rest | None = None
+    where: Where | None = None
     width = 2
     roles = (("row", ROWS), ("where", ROWS))
 
@@ -188,6 +188,9 @@ class SumOf(Statistic):
         u, seen = self._u(self.visible(z, first))
         f, slope = FUNCTIONS[self.function]
         return torch.stack([summed(torch.where(seen, g(u, self.parameter), 0.0)) for g in (f, slope)], 1)
+
+    def row_slope(self, states):
+        return -self.factor * states[:, 1:2]
 
     def slope(self, z, first, state, coefficient):
         u, seen = self._u(self.visible(z, first))

@@ -1,0 +1,137 @@
+"""Sweeps over the scores of rows with themselves, s_ij = s_ji: half of the blocks are computed, and serve twice.
+
+A block (I, J) right of the diagonal is looked at by the rows I, and by the rows J as its columns. Its gradient is
+H = G_IJ + G_JIᵀ, and dX_I += H X_J, dX_J += Hᵀ X_I: 1/2 GEMM for the statistics, 1/2 + 1 for the gradient.
+Scores at given columns are few: they are taken, and their gradients added, one by one and in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from math import isqrt
+
+import torch
+from torch import Tensor
+
+from .backends.tile import Across, Tile
+from .memory import workspace
+from .plan import accumulation_dtype, spans
+from .schedule import Gradients, corner, taking_across
+from .statistics import Extreme, Score, Statistic
+from .stream import Stream, narrowed
+
+# Rows of single scores that are looked at together.
+SOME_ROWS = 2048
+
+
+def _blocks(stream: Stream, budget: int | None) -> tuple[int, Iterator[tuple[slice, slice]]]:
+    """Rows to a block, and the blocks on and right of the diagonal."""
+    limits, wide = stream.backend.limits(stream.x.device), accumulation_dtype(stream.dtype).itemsize
+    room = limits.pair_bytes if budget is None else min(budget, limits.pair_bytes)
+    side = max(1, min(stream.rows, isqrt(room // wide) // 64 * 64 or isqrt(room // wide)))
+    pairs = ((rows, columns) for rows in spans(stream.rows, side) for columns in spans(stream.rows, side))
+    return side, ((rows, columns) for rows, columns in pairs if columns.start >= rows.start)
+
+
+def statistics_sweep(stream: Stream, stats: Sequence[Statistic], budget: int | None) -> list[Tensor]:
+    """States of all statistics for all rows."""
+    device = stream.x.device
+    states = [s.identity(stream.rows, device) for s in stats]
+    for s, state in zip(stats, states):
+        if isinstance(s, Score):
+            for at, into in zip(s.columns_of(stream.rows).unbind(1), state.unbind(1)):
+                into.copy_(torch.where(at < 0, 0.0, _meant(stream, _single(stream, at))))
+    many = [n for n, s in enumerate(stats) if not isinstance(s, Score)]
+    if not many:
+        return states
+    stats, into = [stats[n] for n in many], [states[n] for n in many]
+    side, blocks = _blocks(stream, budget)
+    with workspace(device, ((side, side), accumulation_dtype(stream.dtype))) as (buffer,):
+        for rows, columns in blocks:
+            tile = stream.compute(corner(buffer, rows, columns), stream.input(rows), columns, rows.start)
+            stream.backend.statistics(tile, [s.taking(rows, columns) for s in stats], [s[rows] for s in into])
+            if columns != rows:
+                theirs = [s.taking(columns, rows) for s in stats]
+                stream.backend.column_statistics(tile, theirs, [s[columns] for s in into])
+    return states
+
+
+def gradient_sweep(
+    stream: Stream,
+    stats: Sequence[Statistic],
+    states: Sequence[Tensor],
+    coefficients: Sequence[Tensor],
+    into: Gradients,
+    budget: int | None,
+) -> None:
+    """Gradients from coefficients ∂L/∂value per row, computing half of the blocks again."""
+    backend, wide, sums = stream.backend, accumulation_dtype(stream.dtype), into.sums
+    many = [n for n, s in enumerate(stats) if not isinstance(s, (Score, Extreme))]
+    chosen = Across([stats[n] for n in many], [states[n] for n in many], [coefficients[n] for n in many])
+    side, blocks = _blocks(stream, budget)
+    apart = into.x is not None and into.x.dtype != wide
+    width = stream.x.shape[1]
+    wanted = ((side, side), wide), ((stream.rows if apart else 0, width), wide)
+    with workspace(stream.x.device, *wanted) as (buffer, dx_apart):
+        dx = dx_apart if apart else into.x
+        if dx is not None:
+            dx.zero_()
+        for rows, columns in blocks if many else ():
+            x = stream.input(rows)
+            raw = corner(buffer, rows, columns)
+            tile = stream.compute(raw, x, columns, rows.start)
+            out = narrowed(buffer[: raw.shape[0]], slice(0, raw.shape[1]), stream.dtype)
+            mine = taking_across(chosen, rows, columns)
+            below = None if columns == rows else taking_across(chosen, columns, rows)
+            backend.gradient(tile, out, mine.stats, mine.states, mine.coefficients, sums.taking(columns), below)
+            if dx is not None:
+                backend.gemm(dx[rows], out, stream.weight[columns], accumulate=True)
+                backend.gemm(dx[columns], out.t(), x, accumulate=True)
+        for s, state, coefficient in zip(stats, states, coefficients):
+            if isinstance(s, (Score, Extreme)):
+                at = s.columns(state) if isinstance(s, Extreme) else s.columns_of(stream.rows)
+                for column, c in zip(at.unbind(1), coefficient.unbind(1)):
+                    _add_single(stream, column, torch.where(column < 0, 0.0, c), dx, into)
+        if apart:
+            into.x.copy_(dx)
+
+
+def _single(stream: Stream, at: Tensor) -> Tensor:
+    """x_i · x_at(i) (N,) in the accumulation type."""
+    wide = accumulation_dtype(stream.dtype)
+    parts = [
+        (stream.weight[some].to(wide) * stream.weight.index_select(0, at[some].clamp(min=0)).to(wide)).sum(1)
+        for some in spans(stream.rows, SOME_ROWS)
+    ]
+    return torch.cat(parts) if parts else at.to(wide)
+
+
+def _meant(stream: Stream, raw: Tensor) -> Tensor:
+    """Scores from single products; all columns share their shift."""
+    shift = stream.class_shift
+    tile = Tile(raw.unsqueeze(1), 0, None, None, None if shift is None else shift[:1], stream.softcap, stream.scale)
+    return tile.scores().squeeze(1)
+
+
+def _add_single(stream: Stream, at: Tensor, c: Tensor, dx: Tensor | None, into: Gradients) -> None:
+    """What ∂L/∂s_i,at(i) = c_i gives."""
+    c, at, sums = c.to(accumulation_dtype(stream.dtype)), at.clamp(min=0), into.sums
+    if sums.scale is not None:
+        sums.scale.add_((c * _single(stream, at)).sum(dtype=torch.float64))
+    if sums.class_shift is not None:
+        add_at(sums.class_shift, at, c)
+    if dx is None:
+        return
+    for some in spans(stream.rows, SOME_ROWS):
+        mine, theirs = stream.weight[some].to(dx.dtype), stream.weight.index_select(0, at[some]).to(dx.dtype)
+        factor = (c[some] * stream.scale).unsqueeze(1)
+        dx[some] += factor * theirs
+        add_at(dx, at[some], factor * mine)
+
+
+def add_at(into: Tensor, at: Tensor, values: Tensor) -> None:
+    """into[at_i] += values_i, the same bits each time."""
+    if into.device.type == "cpu":
+        into.index_add_(0, at, values)  # in order, where index_put_ would use several threads
+    else:
+        into.index_put_((at,), values, accumulate=True)  # sorts, where index_add_ would use atomics
