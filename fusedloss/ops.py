@@ -317,7 +317,13 @@ def _eager_gradient(text, x, weight, bias, class_scale, class_shift, scale, keep
     exponentials = keeps_exponentials(stream, stats, into.sums)
     gradient_dtype = None if weight is None else weight.dtype
     layout = stream.plan(spec.walk, exponentials, gradient_dtype, stream.fuses(stats))
-    if layout.schedule == "eager":
+    if program.linear and weight is not None and spec.walk.schedule == "auto" and not spec.walk.gradient_filter:
+        states = [s.identity(stream.rows, x.device) for s in stats]
+        coefficients = step(slice(0, stream.rows), states)  # of a linear loss: whatever the states are
+        layout = _recompute_layout(stream, spec.walk, across=True)
+        gradient_sweep(stream, stats, states, coefficients, into, layout, visit=True)
+        step(slice(0, stream.rows), states)
+    elif layout.schedule == "eager":
         largest = lifted.abs().max().item() if stream.rows and spec.walk.gradient_filter else 0.0
         eager_sweep(stream, stats, step, into, layout, spec.walk.gradient_filter * largest)
     else:

@@ -1,19 +1,21 @@
 """Sweeps over the scores of rows with themselves, s_ij = s_ji: half of the blocks are computed, and serve twice.
 
 A block (I, J) right of the diagonal is looked at by the rows I, and by the rows J as its columns. Its gradient is
-H = G_IJ + G_JIᵀ, and dX_I += H X_J, dX_J += Hᵀ X_I: 1/2 GEMM for the statistics, 1/2 + 1 for the gradient.
+H = G_IJ + G_JIᵀ, and dX_I += H X_J, dX_J += Hᵀ X_I: 1/2 GEMM for the statistics, 1/2 + 1 for the gradient. On the
+diagonal H X_I is enough.
 Scores at given columns are few: they are taken, and their gradients added, one by one and in fp32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from math import isqrt
 
 import torch
 from torch import Tensor
 
-from .backends.tile import Across, Tile
+from .backends.tile import Across, Sums, Tile
 from .memory import workspace
 from .plan import accumulation_dtype, spans
 from .schedule import Gradients, corner, taking_across
@@ -76,17 +78,21 @@ def gradient_sweep(
         dx = dx_apart if apart else into.x
         if dx is not None:
             dx.zero_()
+        diagonal = Sums(**{name: torch.zeros_like(total) for name, total in _asked(sums)})
         for rows, columns in blocks if many else ():
             x = stream.input(rows)
             raw = corner(buffer, rows, columns)
             tile = stream.compute(raw, x, columns, rows.start)
             out = narrowed(buffer[: raw.shape[0]], slice(0, raw.shape[1]), stream.dtype)
-            mine = taking_across(chosen, rows, columns)
-            below = None if columns == rows else taking_across(chosen, columns, rows)
-            backend.gradient(tile, out, mine.stats, mine.states, mine.coefficients, sums.taking(columns), below)
+            mine, below = taking_across(chosen, rows, columns), taking_across(chosen, columns, rows)
+            here = (diagonal if columns == rows else sums).taking(columns)
+            backend.gradient(tile, out, mine.stats, mine.states, mine.coefficients, here, below)
             if dx is not None:
                 backend.gemm(dx[rows], out, stream.weight[columns], accumulate=True)
-                backend.gemm(dx[columns], out.t(), x, accumulate=True)
+                if columns != rows:
+                    backend.gemm(dx[columns], out.t(), x, accumulate=True)
+        for name, total in _asked(sums):  # a block on the diagonal has a pair in both orders, and each has both in H
+            total.add_(getattr(diagonal, name), alpha=0.5)
         for s, state, coefficient in zip(stats, states, coefficients):
             if isinstance(s, (Score, Extreme)):
                 at = s.columns(state) if isinstance(s, Extreme) else s.columns_of(stream.rows)
@@ -94,6 +100,10 @@ def gradient_sweep(
                     _add_single(stream, column, torch.where(column < 0, 0.0, c), dx, into)
         if apart:
             into.x.copy_(dx)
+
+
+def _asked(sums: Sums) -> list[tuple[str, Tensor]]:
+    return [(f.name, getattr(sums, f.name)) for f in fields(Sums) if getattr(sums, f.name) is not None]
 
 
 def _single(stream: Stream, at: Tensor) -> Tensor:

@@ -56,6 +56,7 @@ class Program:
     static: tuple  # of the statistics
     prepare: Callable  # (rows, shared) -> the statistics' tensors
     run: Callable  # (values, found columns, rows, shared, factor) -> losses, coefficients
+    linear: bool  # in its values: the coefficients are known before the first pass, and one pass does it all
 
     def call(self, scores: object, rows: Sequence[Tensor], shared: Sequence[Tensor]) -> Tensor:
         return self.function(scores, *rows, **dict(zip(self.names, shared)), **dict(self.options))
@@ -133,4 +134,23 @@ def _trace(function, names, options, rows, shared, columns, dtype, device) -> Pr
     except TwoStages:
         return None
     static = tuple(s.static() for s in stats)
-    return Program(function, names, options, static, prepared, ran)
+    linear = all(s.stateless for s in stats) and not _uses(ran.graph, len(values))
+    return Program(function, names, options, static, prepared, ran, linear)
+
+
+_SHAPE_ONLY = ("sym_size", "ones_like", "zeros_like", "new_ones", "new_zeros", "full_like", "new_full", "new_empty_strided")
+
+
+def _uses(graph: torch.fx.Graph, inputs: int) -> bool:
+    """Whether the coefficients, all outputs but the first, are computed from what the first `inputs` inputs hold."""
+    values = {node for node, _ in zip((n for n in graph.nodes if n.op == "placeholder"), range(inputs))}
+    (output,) = [node for node in graph.nodes if node.op == "output"]
+    waiting, seen = [n for n in output.all_input_nodes if n is not output.args[0][0]], set()
+    while waiting:
+        node = waiting.pop()
+        if node in values:
+            return True
+        if node not in seen and not any(name in str(node.target) for name in _SHAPE_ONLY):
+            seen.add(node)
+            waiting += node.all_input_nodes
+    return False

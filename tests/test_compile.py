@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fusedloss
-from fusedloss import cross_entropy, linear_cross_entropy, linear_scores, logits_scores
+from fusedloss import cross_entropy, linear_cross_entropy, linear_scores, logits_scores, similarity_scores
 from fusedloss.losses.squentropy import reference as squentropy_reference
-from fusedloss.statistics import Expectation, LogSumExp, Max, Score, SumOf
+from fusedloss.statistics import Columns, Expectation, LogSumExp, Max, Score, SumOf
 from fusedloss.targets import checked_target
 
 pytestmark = pytest.mark.unpoisoned
@@ -315,6 +315,29 @@ def test_squentropy_agrees_with_its_reference_when_compiled():
     torch.testing.assert_close(loss, squentropy_reference(x.detach() @ w.detach().t(), target).mean())
 
 
+# --- similarity scores -----------------------------------------------------------------------------------------------
+
+
+def clip(x, y, t):
+    rows, columns, hit = (s := similarity_scores(x, y, scale=t.exp(), bias=t)).reduce(
+        LogSumExp(), Columns(LogSumExp()), Score(s.diagonal())
+    )
+    return (rows - hit).mean() + (columns - hit).mean()
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_similarity_scores(alone):
+    x, y, t = torch.randn(N, D), torch.randn(N, D), torch.tensor(0.3)
+    for leaf in (x, y, t):
+        leaf.requires_grad_()
+    compiled = torch.compile(clip, fullgraph=True, backend="aot_eager")
+    inputs = (x, t) if alone else (x, y, t)
+    got, truth = (f(x, None if alone else y, t) for f in (compiled, clip))
+    torch.testing.assert_close(got, truth)
+    for g, expected in zip(torch.autograd.grad(got, inputs), torch.autograd.grad(truth, inputs)):
+        torch.testing.assert_close(g, expected)
+
+
 # --- the operators' contracts ----------------------------------------------------------------------------------------
 
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -331,18 +354,24 @@ OPTIONAL = {
     "frozen weight": {"frozen": (1,)},
     "logits": {"logits": True},
     "recompute": {"schedule": "recompute"},
+    "columns": {"across": True},
+    "columns of logits": {"across": True, "logits": True},
+    "symmetric": {"across": True, "symmetric": True, "scale": True},
 }
 
 
 def op_scores(
-    dtype=torch.float32, rows=N, keep=None, bias=False, vectors=False, scale=False, frozen=(), logits=False, **walk
-):
+    dtype=torch.float32, rows=N, keep=None, bias=False, vectors=False, scale=False, frozen=(), logits=False,
+    symmetric=False, across=False, **walk,
+):  # fmt: skip
     def parameter(*shape):
         return torch.randn(shape).to(dtype).requires_grad_()
 
     target = torch.randint(0, V, (rows,))
     if logits:
         scores = logits_scores(parameter(rows, V))
+    elif symmetric:
+        scores, target = similarity_scores(parameter(rows, D), scale=parameter()), target % rows
     else:
         x, w = (t.requires_grad_(n not in frozen) for n, t in enumerate((parameter(rows, D), parameter(V, D))))
         scores = linear_scores(x, w, bias=parameter(V) if bias else None, scale=parameter() if scale else 1.0, **walk)
@@ -360,17 +389,20 @@ def leaves_of(scores):
 def test_opcheck_statistics(name):
     scores, target = op_scores(**OPTIONAL[name])
     stats = (LogSumExp(), Score(target), Expectation(), Max())
+    if "across" in OPTIONAL[name]:
+        stats += (Columns(LogSumExp(factor=0.5)), Columns(Max()))
     text, carried = scores.spec(tuple(s.static() for s in stats)), [target]
     op = torch.ops.fusedloss.statistics.default
     torch.library.opcheck(op, (text, *leaves_of(scores), scores.keep, carried), test_utils=CHECKS)
     plain = [None if s is None else s.detach() for s in scores.streams()]
-    values, _, states = op(text, *plain, scores.keep, carried)
+    values, _, states, below, _, states_below = op(text, *plain, scores.keep, carried)
     needs = [s is not None and s.requires_grad for s in scores.streams()]
-    arguments = (text, *plain, scores.keep, carried, states, torch.randn_like(values), needs)
+    given = states, torch.randn_like(values), states_below, torch.randn_like(below)
+    arguments = (text, *plain, scores.keep, carried, *given, needs)
     torch.library.opcheck(torch.ops.fusedloss.statistics_backward.default, arguments, test_utils=CHECKS)
 
 
-@pytest.mark.parametrize("name", [n for n in OPTIONAL if n != "logits"])
+@pytest.mark.parametrize("name", [n for n in OPTIONAL if "logits" not in OPTIONAL[n] and "across" not in OPTIONAL[n]])
 def test_opcheck_eager_gradient(name, monkeypatch):
     """With the arguments that a loss really passes."""
     scores, target = op_scores(**OPTIONAL[name])

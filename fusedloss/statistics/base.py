@@ -28,6 +28,7 @@ class Statistic:
 
     width: ClassVar[int] = 1  # numbers of state per row
     outputs: ClassVar[int] = 1  # numbers of value per row
+    stateless: ClassVar[bool] = False  # whether `slope` looks at no state
     roles: ClassVar[tuple[tuple[str, str], ...]] = ()
 
     def of(self, z: Tensor, first: int) -> Tensor:

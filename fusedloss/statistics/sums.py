@@ -22,6 +22,7 @@ class Score(Statistic):
 
     at: Tensor | None = None
     columns: Tensor | None = None
+    stateless = True
     roles = (("at", ROWS), ("columns", IDS))
 
     def columns_of(self, rows: int) -> Tensor:
@@ -64,6 +65,7 @@ class Sum(Statistic):
 
     weights: Tensor | None = None
     where: Where | None = None
+    stateless = True
     roles = (("weights", CLASSES), ("where", ROWS))
 
     def of(self, z, first):
@@ -86,6 +88,7 @@ class Count(Statistic):
 
     weights: Tensor | None = None
     where: Where | None = None
+    stateless = True
     roles = (("weights", CLASSES), ("where", ROWS))
 
     def of(self, z, first):
@@ -101,6 +104,7 @@ class SumOfSquares(Statistic):
     """Σ_j s_j²."""
 
     where: Where | None = None
+    stateless = True
     roles = (("where", ROWS),)
 
     def of(self, z, first):
@@ -177,6 +181,7 @@ class SumOf(Statistic):
     row: Tensor | None = None
     where: Where | None = None
     width = 2
+    stateless = True
     roles = (("row", ROWS), ("where", ROWS))
 
     def _u(self, z: Tensor) -> tuple[Tensor, Tensor]:
