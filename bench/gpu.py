@@ -1,4 +1,5 @@
-"""The benchmark of `make gpu`: linear_cross_entropy and cross_entropy on a GPU, beside the bare GEMMs and the peers.
+"""The benchmark of `make gpu`: linear_cross_entropy, cross_entropy and the contrastive losses on a GPU, beside the bare
+GEMMs and the peers.
 
     python bench/gpu.py --rows bench/results/h200.csv          # on a CUDA device
     python bench/gpu.py --device cpu --quick                   # a dry run of the same code, tiny, without a GPU
@@ -11,22 +12,21 @@ call returns.
 from __future__ import annotations
 
 import argparse
-import importlib
-import statistics
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from time import perf_counter
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
+import gpu_contrastive
 import torch
 import torch.nn.functional as F
 from cases import chunked, compiled, eager, eager_fp32, floor, ours, shape_name, step
-from harness import MIB, OURS, Call, Row, append, check_linear, commit, table
+from device_harness import Clock, failures, importable, measure, plot, report, versions
+from harness import OURS, Call, check_linear, commit, table
 from torch import Tensor
 
 import fusedloss as fl
@@ -42,8 +42,6 @@ SHAPES = (
 QUICK = ((64, 32, 300),)
 LOGITS = ((8192, 128256), (32768, 32000))
 CONFIDENT = 0.005  # nats, mean loss of the trained-like scores
-ROUNDS = 3, 12
-SECONDS = 8.0  # of turns per case
 
 
 # --- operands --------------------------------------------------------------------------------------------------------
@@ -89,15 +87,6 @@ PEERS = {
     "cut-cross-entropy, exact": ("cut_cross_entropy", partial(cut, impl="cce_exact")),
     "quack": ("quack", quack),
 }
-
-
-def importable(name: str) -> bool:
-    try:
-        importlib.import_module(name)
-    except Exception as error:  # a peer that does not import is told, never a reason to stop
-        print(f"  {name} is left out: {type(error).__name__}: {error}".splitlines()[0], flush=True)
-        return False
-    return True
 
 
 @contextmanager
@@ -163,73 +152,6 @@ def logits_contenders(logits: Tensor, target: Tensor, quick: bool) -> dict[str, 
     return {"floor: copy": copy} | {name: call(way) for name, way in ways.items()}
 
 
-# --- measuring -------------------------------------------------------------------------------------------------------
-
-
-class Clock:
-    """Seconds of a call on the device, and its peak memory."""
-
-    def __init__(self, device: torch.device):
-        self.cuda = device.type == "cuda"
-        self.device = device
-
-    def seconds(self, call: Call) -> float:
-        if not self.cuda:
-            start = perf_counter()
-            call()
-            return perf_counter() - start
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        result = call()
-        end.record()
-        torch.cuda.synchronize(self.device)
-        del result
-        return start.elapsed_time(end) / 1e3
-
-    def peak(self, call: Call) -> float:
-        if not self.cuda:
-            call()
-            return float("nan")
-        torch.cuda.synchronize(self.device)
-        before = torch.cuda.memory_allocated(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)
-        result = call()
-        torch.cuda.synchronize(self.device)
-        return torch.cuda.max_memory_allocated(self.device) - before - sum(t.nbytes for t in result)
-
-
-failures: list[str] = []  # of ours; the run goes on, and fails at its end
-
-
-def measure(case: str, calls: dict[str, Call], check: Callable[[Call], None], clock: Clock, about, quick: bool):
-    """Rows of one case. A contender that fails (out of memory, wrong answer) is told and left out."""
-    peaks, notes = {}, {}
-    for name, call in list(calls.items()):
-        try:
-            peaks[name] = clock.peak(call)
-            if not name.startswith("floor"):
-                check(call)
-        except AssertionError as wrong:
-            notes[name] = f"wrong: {str(wrong).splitlines()[0]}"
-        except Exception as error:
-            notes[name] = f"failed: {type(error).__name__}: {error}".splitlines()[0][:160]
-            print(f"  {case}: {name} {notes[name]}", flush=True)
-            del calls[name]
-            if clock.cuda:
-                torch.cuda.empty_cache()
-    failures.extend(f"{case}: {name}: {note}" for name, note in notes.items() if name.startswith(OURS))
-    spent = sum(clock.seconds(call) for call in calls.values())
-    rounds = 2 if quick else max(ROUNDS[0], min(ROUNDS[1], int(SECONDS / max(spent, 1e-9))))
-    times = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            times[name].append(clock.seconds(call))
-    median = {name: statistics.median(values) for name, values in times.items()}
-    least = min(seconds for name, seconds in median.items() if name.startswith("floor"))
-    fields = lambda name: (1e3 * median[name], median[name] / least, peaks[name] / MIB, 0.0, 0, rounds, 0.0)  # noqa: E731
-    return [Row(*about, case, "bf16", name, *fields(name), notes.get(name, "")) for name in calls]
-
-
 def check_logits(logits: Tensor, target: Tensor, call: Call) -> None:
     value, gradient = call()
     picked = torch.arange(0, len(target), max(1, len(target) // 64), device=logits.device)
@@ -241,50 +163,13 @@ def check_logits(logits: Tensor, target: Tensor, call: Call) -> None:
     assert value.isfinite(), "the loss is not finite"
 
 
-def versions() -> str:
-    found = [f"torch {torch.__version__}"]
-    for name in ("triton", "liger_kernel", "cut_cross_entropy", "quack"):
-        module = sys.modules.get(name)
-        if module is not None:
-            found.append(f"{name} {getattr(module, '__version__', '?')}")
-    return ", ".join(found)
-
-
-def colour(contender: str) -> str:
-    named = {"floor": "tab:gray", OURS: "tab:blue"}
-    return next((c for name, c in named.items() if contender.startswith(name)), "tab:orange")
-
-
-def plot(rows: list[Row], path: Path) -> None:
-    """Bars of the times as multiples of the floor, a panel per case."""
-    try:
-        import matplotlib
-    except ImportError:
-        print(f"no {path.name}: matplotlib is not installed", flush=True)
-        return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    cases = list(dict.fromkeys(row.case for row in rows))
-    figure, axes = plt.subplots(len(cases), 1, figsize=(9, 2.6 * len(cases)), squeeze=False)
-    for case, axis in zip(cases, axes[:, 0]):
-        mine = [row for row in rows if row.case == case]
-        axis.barh([r.contender for r in mine], [r.ratio for r in mine], color=[colour(r.contender) for r in mine])
-        axis.axvline(1, color="black", linewidth=0.8)
-        axis.set_title(case, fontsize=9)
-        axis.tick_params(labelsize=7)
-        axis.invert_yaxis()
-    axes[-1, 0].set_xlabel("time, × floor")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, two rounds, no torch.compile")
     parser.add_argument("--rows", type=Path, help="append the rows to this CSV file; a PNG of the same name beside it")
     parser.add_argument("--shapes", type=int, nargs="*", help="only these of the linear shapes, by number")
+    parser.add_argument("--contrastive", type=int, nargs="*", help="only these of the contrastive shapes, by number")
     given = parser.parse_args()
     device = torch.device(given.device)
     if device.type == "cpu" and backends.triton.interpreted():
@@ -315,26 +200,18 @@ def main() -> None:
             f"logits {shape_name(shape)}", calls, partial(check_logits, logits, target), clock, about, given.quick
         )
         report(rows, given.rows)
+    for case, calls, check in gpu_contrastive.cases(device, given.quick, given.contrastive):
+        about = machine, commit(), versions()
+        rows += measure(case, calls, check, clock, about, given.quick)
+        report(rows, given.rows)
+        del calls, check
+        if clock.cuda:
+            torch.cuda.empty_cache()
     print(f"\n{machine}\n{versions()}\n\n{table(rows)}")
     if given.rows:
         plot(rows, given.rows.with_suffix(".png"))
     if failures:
         sys.exit("\n".join(["fusedloss failed:", *failures]))
-
-
-_written = 0
-
-
-def report(rows: list[Row], path: Path | None) -> None:
-    """Write what is new at once: a run that is cut short has told what it saw."""
-    global _written
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        append(path, rows[_written:])
-    for row in rows[_written:]:
-        figures = f"{row.ms:9.2f} ms {row.ratio:7.3f} {row.peak_mib:8.0f} MiB"
-        print(f"  {row.case:34} {row.contender:38} {figures} {row.note}", flush=True)
-    _written = len(rows)
 
 
 if __name__ == "__main__":

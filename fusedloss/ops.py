@@ -124,10 +124,10 @@ def _recompute_layout(stream: Stream, walk: Walk, across: bool = False) -> Plan:
         most = stream.backend.limits(stream.x.device).logits_bytes
         rows = max(1, min(stream.rows, most // max(1, stream.columns * stream.dtype.itemsize)))
         return Plan("logits", rows, -(-stream.rows // rows), max(1, stream.columns), 0, 0, 0)
-    room = stream.backend.limits(stream.x.device).pair_bytes if across else walk.memory_budget
-    if across and walk.memory_budget is not None:
-        room = min(room, walk.memory_budget)
-    return stream.plan(replace(walk, schedule="recompute", memory_budget=room))
+    limits = stream.backend.limits(stream.x.device)
+    if across:
+        limits = replace(limits, recompute_bytes=limits.pair_bytes)
+    return stream.plan(replace(walk, schedule="recompute"), limits=limits)
 
 
 def _counting(keep: Tensor | None, values: Tensor) -> Tensor:

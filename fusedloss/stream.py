@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .backends.tile import Exponentials, Tile
+from .backends.tile import Exponentials, Limits, Tile
 from .plan import Plan, Walk, half, plan
 from .statistics import Statistic
 
@@ -41,8 +41,10 @@ class Stream:
     def dtype(self) -> torch.dtype:
         return self.x.dtype if self.weight is None else self.weight.dtype
 
-    def plan(self, walk: Walk, exponentials: bool = True, gradient_dtype=None, fused: bool = False) -> Plan:
-        limits = self.backend.limits(self.x.device)
+    def plan(
+        self, walk: Walk, exponentials: bool = True, gradient_dtype=None, fused: bool = False, limits: Limits | None = None
+    ) -> Plan:
+        limits = limits or self.backend.limits(self.x.device)
         shape = self.rows, self.x.shape[1], self.columns
         return plan(*shape, self.dtype, walk, limits, exponentials, gradient_dtype, fused)
 

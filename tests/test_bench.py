@@ -34,7 +34,10 @@ def test_the_gpu_benchmark_dry(tmp_path):
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
     assert run.returncode == 0, run.stdout + run.stderr
     measured = list(csv.DictReader(rows.open(newline="")))
-    assert len({row["case"] for row in measured}) == 3
+    assert len({row["case"] for row in measured}) == 5
+    for case in ("sigmoid 96x32", "clip 96x32"):
+        ways = {row["contender"] for row in measured if row["case"] == case}
+        assert {"fusedloss", "fusedloss, cpu", "torch, dense", "floor: GEMMs, unchunked"} <= ways
     linear = {row["contender"] for row in measured if row["case"] == "linear 64x32x300"}
     assert {"fusedloss", "fusedloss, cpu, chunked", "torch, eager", "floor: GEMMs, unchunked"} <= linear
     if importlib.util.find_spec("triton"):
