@@ -1,0 +1,123 @@
+"""The exchange "ring": blocks of columns travel round, and no rank ever holds more than three of them.
+
+While a rank works on one block the next one is on its way. What is gathered of a block on the way (states of its
+columns, the gradient of its features) follows one step behind, and comes home with the last step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..backends.tile import Across
+from ..statistics import Statistic
+from .block import NOBODY, Product, facing, moved_state, packed, unpacked
+from .ranks import Ranks, span
+
+
+class Transfer:
+    """Tensors on their way to the next rank, and those of the previous one, which have `rows` rows."""
+
+    def __init__(self, ranks: Ranks, tensors: Sequence[Tensor], rows: int):
+        self.sent, self.works = [t.contiguous() for t in tensors], []
+        self.received = [t.new_empty(rows, *t.shape[1:]) for t in tensors]
+        if ranks.size == 1:
+            self.received = self.sent
+            return
+        calls = [(dist.isend, t, ranks.neighbour(1)) for t in self.sent]
+        calls += [(dist.irecv, t, ranks.neighbour(-1)) for t in self.received]
+        wanted = [dist.P2POp(call, t, peer, ranks.group) for call, t, peer in calls if t.numel()]
+        self.works = dist.batch_isend_irecv(wanted) if wanted else []
+
+    def wait(self) -> list[Tensor]:
+        for work in self.works:
+            work.wait()
+        return self.received
+
+
+def visits(ranks: Ranks, own: Sequence[Tensor], counts: Sequence[int]) -> Iterator[tuple[int, list[Tensor]]]:
+    """Each block's owner and tensors, the own block first."""
+    held = list(own)
+    for step in range(ranks.size):
+        owner = (ranks.rank - step) % ranks.size
+        last = step == ranks.size - 1
+        coming = None if last else Transfer(ranks, held, counts[owner - 1])
+        yield owner, held
+        held = held if last else coming.wait()
+
+
+class Gathered:
+    """What is gathered of each block on its way."""
+
+    def __init__(self, ranks: Ranks, counts: Sequence[int], merge: Callable):
+        self.ranks, self.counts, self.merge, self.coming = ranks, counts, merge, None
+
+    def add(self, owner: int, found: list[Tensor]) -> None:
+        """What this rank adds to the block that it looks at."""
+        if self.coming is not None:
+            found = self.merge(self.coming.wait(), found)
+        self.coming = Transfer(self.ranks, found, self.counts[owner - 1])
+
+    def home(self) -> list[Tensor]:
+        """What all ranks added to the own block, after the last step."""
+        return self.coming.wait()
+
+
+class Ring:
+    """Features x of this rank's rows and y of its columns (None: the same)."""
+
+    def __init__(self, ranks: Ranks, x: Tensor, y: Tensor | None):
+        self.ranks, self.x, self.y = ranks, x, y
+        self.mine = span(ranks.rows, ranks.rank)
+
+    def statistics(
+        self, product: Product, rows: Sequence[Statistic], columns: Sequence[Statistic]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """States of this rank's rows, and of its columns."""
+        if self.y is None:
+            states, _ = self._statistics(product, self.x, [*rows, *columns], ())
+            return states[: len(rows)], states[len(rows) :]
+        return self._statistics(product, self.y, rows, columns)
+
+    def _statistics(self, product, y, rows, columns):
+        states = [s.identity(len(self.x), self.x.device) for s in rows]
+        mine, theirs = Across(rows, (), ()), Across(columns, (), ())
+        below = Gathered(self.ranks, self.ranks.columns, lambda a, b: [s.merge(*ab) for s, *ab in zip(columns, a, b)])
+        for owner, (block, *data) in visits(self.ranks, self._travelling(y, theirs), self.ranks.columns):
+            here = span(self.ranks.columns, owner)
+            over = facing(unpacked(theirs, *data), self.mine).stats if data else ()
+            found, across = product.statistics(self.x, block, facing(mine, here).stats, over)
+            states = [
+                s.merge(state, moved_state(s, new, here.start)) for s, state, new in zip(rows, states, found)
+            ]
+            if data:
+                below.add(owner, [moved_state(s, t, self.mine.start) for s, t in zip(columns, across)])
+        return states, below.home() if columns else []
+
+    def gradients(
+        self, product: Product, rows: Across, columns: Across, needs: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """Of this rank's x and y, and its part of those of scale and bias."""
+        same = self.y is None
+        y, theirs = (self.x, rows) if same else (self.y, columns)
+        want_y = needs[1] and not same
+        home = Gathered(self.ranks, self.ranks.columns, lambda a, b: [p.add_(q) for p, q in zip(a, b)])
+        totals: list[Tensor | None] = [None, None, None]
+        for owner, (block, *data) in visits(self.ranks, self._travelling(y, theirs), self.ranks.columns):
+            over = facing(unpacked(theirs, *data), self.mine) if data else NOBODY
+            mine = facing(rows, span(self.ranks.columns, owner))
+            wanted = needs[0], want_y, *needs[2:]
+            dx, dy, *shared = product.gradients(self.x, block, mine, over, wanted, rounded=False)
+            totals = [new if old is None else old.add_(new) for old, new in zip(totals, (dx, *shared))]
+            if want_y:
+                home.add(owner, [dy])
+        dx, *shared = totals
+        dx = None if dx is None else dx.to(self.x.dtype)
+        return [dx, home.home()[0].to(y.dtype) if want_y else None, *shared]
+
+    def _travelling(self, y: Tensor, theirs: Across) -> list[Tensor]:
+        """A block: its features, and what its columns carry."""
+        return [y, packed(theirs, len(y))] if theirs.stats else [y]
