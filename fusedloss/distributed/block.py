@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .. import ops
 from ..backends.tile import Across, Sums
-from ..plan import Walk, accumulation_dtype
+from ..plan import Walk, accumulation_dtype, waiting_dtype
 from ..relation import MATRIX, ROWS
 from ..schedule import Gradients, statistics_sweep
 from ..statistics import Score, Statistic
 from ..stream import Stream
 from ..symmetric import add_single, meant, single
-from .ranks import bytes_of, from_bytes
+from .ranks import bytes_of, from_bytes, row_bytes
 
 NOBODY = Across((), (), ())
 # Tensors of statistics that hold numbers of columns.
@@ -53,22 +53,42 @@ class Product:
         self, x: Tensor, y: Tensor, rows: Across, columns: Across, needs: Sequence[bool], rounded: bool
     ) -> list[Tensor | None]:
         """Of x, y, scale and bias, where needed; those of x and y in their own types, or not `rounded` to them."""
-        wide, dtypes = accumulation_dtype(self.multiply), (x.dtype, y.dtype)
-        make = torch.empty if len(x) and len(y) else torch.zeros
+        formed = self._single_gradients if _few(rows.stats, columns.stats) else self._block_gradients
+        dx, dy, *shared = formed(x, y, rows, columns, needs, rounded)
+        if rounded:
+            dx, dy = [None if d is None else d.to(t.dtype) for d, t in ((dx, x), (dy, y))]
+        return [dx, dy, *shared]
+
+    def _block_gradients(self, x, y, rows, columns, needs, rounded) -> list[Tensor | None]:
+        wide, some = accumulation_dtype(self.multiply), len(x) and len(y)
+        make = torch.empty if some else torch.zeros
         dx, dy = [
-            make(a.shape, dtype=dtype if rounded else wide, device=a.device) if need else None
-            for a, dtype, need in zip((x, y), dtypes, needs)
+            make(t.shape, dtype=waiting_dtype(t.dtype) if rounded else wide, device=t.device) if need else None
+            for t, need in ((x, needs[0]), (y, needs[1]))
         ]
         dscale = torch.zeros((), dtype=torch.float64, device=x.device) if needs[2] else None
         shifts = torch.zeros(len(y), dtype=wide, device=x.device) if needs[3] else None
-        sums = Sums(class_shift=shifts, scale=dscale)
-        if len(x) and len(y):
-            if _few(rows.stats, columns.stats):
-                dx, dy = self._single_gradients(x, y, rows, columns, dx, dy, sums)
-            else:
-                found = [dx, dy, shifts, dscale]
-                ops.fill_gradients(self.stream(x, y), self.walk, rows, columns, Gradients(dx, dy, sums), found)
+        if some:
+            into = Gradients(dx, dy, Sums(class_shift=shifts, scale=dscale))
+            ops.fill_gradients(self.stream(x, y), self.walk, rows, columns, into, [dx, dy, shifts, dscale])
         return [dx, dy, dscale, None if shifts is None else shifts.sum(dtype=torch.float64)]
+
+    def _single_gradients(self, x, y, rows, columns, needs, rounded) -> list[Tensor | None]:
+        wide = accumulation_dtype(self.multiply)
+        shapes = (x.shape, wide), (y.shape, wide), ((), torch.float64), ((), torch.float64)
+        found = [torch.zeros(s, dtype=d, device=x.device) if need else None for (s, d), need in zip(shapes, needs)]
+        dx, dy, dscale, dbias = found
+        for side, a, b, da, db in ((rows, x, y, dx, dy), (columns, y, x, dy, dx)):
+            if not (len(a) and len(b)):
+                continue
+            stream = self.stream(a, b)
+            for s, coefficient in zip(side.stats, side.coefficients):
+                for at, c in zip(s.columns_of(len(a)).unbind(1), coefficient.unbind(1)):
+                    c = torch.where((at >= 0) & (at < len(b)), c, 0.0)
+                    add_single(stream, at, c, da, db, Sums(scale=dscale))
+                    if dbias is not None:
+                        dbias += c.sum()
+        return found
 
     def _single_states(self, stream: Stream, stats: Sequence[Score]) -> list[Tensor]:
         states = []
@@ -79,20 +99,6 @@ class Product:
             ]
             states.append(torch.stack(each, 1).double())
         return states
-
-    def _single_gradients(self, x, y, rows: Across, columns: Across, dx, dy, sums: Sums) -> list[Tensor | None]:
-        wide = accumulation_dtype(self.multiply)
-        sum_x, sum_y = [None if d is None else torch.zeros_like(d, dtype=wide) for d in (dx, dy)]
-        whole = None if sums.class_shift is None else sums.class_shift[:1]  # only their sum is wanted
-        for side, a, b, da, db in ((rows, x, y, sum_x, sum_y), (columns, y, x, sum_y, sum_x)):
-            stream = self.stream(a, b)
-            for s, coefficient in zip(side.stats, side.coefficients):
-                for at, c in zip(s.columns_of(len(a)).unbind(1), coefficient.unbind(1)):
-                    c = torch.where((at >= 0) & (at < len(b)), c, 0.0)
-                    add_single(stream, at, c, da, db, replace(sums, class_shift=None))
-                    if whole is not None:
-                        whole += c.sum()
-        return [None if d is None else s.to(d.dtype) for d, s in ((dx, sum_x), (dy, sum_y))]
 
 
 def _few(*sides: Sequence[Statistic]) -> bool:
@@ -138,8 +144,9 @@ def packed(side: Across, rows: int) -> Tensor:
 
 def unpacked(side: Across, data: Tensor) -> Across:
     """The same side, of those rows that the bytes are from."""
-    widths = [t.shape[1:].numel() * t.element_size() for t in _of_rows(side)]
-    parts = iter([from_bytes(b.clone(), t) for b, t in zip(data.split(widths, 1), _of_rows(side))])
+    carried = _of_rows(side)
+    pieces = data.split([row_bytes(t) for t in carried], 1)
+    parts = iter([from_bytes(piece, t) for piece, t in zip(pieces, carried)])
     stats = [
         s.with_tensors({name: next(parts) if role in (ROWS, MATRIX) else t for name, role, t in s.tensors()})
         for s in side.stats

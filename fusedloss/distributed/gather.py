@@ -41,9 +41,7 @@ class Gather:
         mine = product.statistics(self.x, self.all_y, rows)[0] if rows else []
         return mine, product.statistics(self.y, self.all_x, columns)[0] if columns else []
 
-    def gradients(
-        self, product: Product, rows: Across, columns: Across, needs: Sequence[bool]
-    ) -> list[Tensor | None]:
+    def gradients(self, product: Product, rows: Across, columns: Across, needs: Sequence[bool]) -> list[Tensor | None]:
         """Of this rank's x and y, and its part of those of scale and bias."""
         want_x, want_y, *shared = needs
         if self.y is None:

@@ -9,6 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# PyTorch renamed it in 2.13.
+_all_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+
 
 @dataclass(frozen=True, eq=False)
 class Ranks:
@@ -35,15 +38,25 @@ def span(counts: Sequence[int], rank: int) -> slice:
     return slice(start, start + counts[rank])
 
 
+def _flat(tensor: Tensor) -> Tensor:
+    """Its numbers in a line: also where `contiguous` leaves a dimension of one entry with a stride of its own."""
+    return tensor.detach().contiguous().as_strided((tensor.numel(),), (1,))
+
+
 def bytes_of(tensor: Tensor) -> Tensor:
     """A row of bytes for each of its rows: whatever the type, every process group can carry that."""
-    flat = tensor.detach().reshape(len(tensor), tensor.shape[1:].numel())
-    return flat.contiguous().view(torch.uint8)
+    return _flat(tensor).view(torch.uint8).reshape(len(tensor), row_bytes(tensor))
 
 
 def from_bytes(rows: Tensor, like: Tensor) -> Tensor:
     """Inverse of `bytes_of`, for a tensor that is `like` this one but for the number of its rows."""
-    return rows.contiguous().view(like.dtype).reshape(len(rows), *like.shape[1:])
+    flat = _flat(rows)
+    flat = flat.clone() if flat.storage_offset() % like.element_size() else flat
+    return flat.view(like.dtype).reshape(len(rows), *like.shape[1:])
+
+
+def row_bytes(tensor: Tensor) -> int:
+    return tensor.shape[1:].numel() * tensor.element_size()
 
 
 def gathered(group: dist.ProcessGroup | None, tensor: Tensor, counts: Sequence[int]) -> Tensor:
@@ -52,7 +65,7 @@ def gathered(group: dist.ProcessGroup | None, tensor: Tensor, counts: Sequence[i
     if len(mine) < most:  # an all-gather takes equal parts
         mine = torch.cat([mine, mine.new_zeros(most - len(mine), mine.shape[1])])
     parts = mine.new_empty(most * len(counts), mine.shape[1])
-    dist.all_gather_into_tensor(parts, mine, group=group)
+    _all_gather(parts, mine, group=group)
     if min(counts) < most:
         parts = torch.cat([part[:count] for part, count in zip(parts.split(most), counts)])
     return from_bytes(parts, tensor)
@@ -72,19 +85,31 @@ class Total(torch.autograd.Function):
         return None, Total.apply(ctx.group, grad.contiguous())
 
 
-def meet(name: str, group: dist.ProcessGroup | None, device: torch.device, counts: tuple[int, int], same: dict) -> Ranks:
-    """Exchange the numbers of rows and columns, and check that what has to be the `same` on all ranks is."""
+def meet(
+    name: str,
+    group: dist.ProcessGroup | None,
+    device: torch.device,
+    counts: tuple[int, int],
+    same: dict[str, tuple[Sequence, object]],
+) -> Ranks:
+    """Exchange the numbers of rows and columns, and check what has to be the `same` on all ranks.
+
+    That is, by what the user calls it, (what it is chosen from, what it is here).
+    """
     if not (dist.is_available() and dist.is_initialized()):
-        raise RuntimeError(f"{name}: group: expected torch.distributed.init_process_group to have been called, got no group")
+        raise RuntimeError(
+            f"{name}: group: expected an initialised one (torch.distributed.init_process_group), got none"
+        )
     rank = dist.get_rank(group)
     if rank < 0:
-        raise ValueError(f"{name}: group: expected a group that this rank belongs to, got {group}")
+        raise ValueError(f"{name}: group: expected one that this rank belongs to, got {group}")
     # Through the host's own channel where there is one: reading what came over the device's means waiting for it.
     where = torch.device("cpu") if "cpu:" in dist.get_backend_config(group) else device
-    told = torch.tensor([[*counts, *same.values()]], dtype=torch.int64, device=where)
-    heard = gathered(group, told, [1] * dist.get_world_size(group))
+    told = [*counts, *[choices.index(value) for choices, value in same.values()]]
+    heard = gathered(group, torch.tensor([told], device=where), [1] * dist.get_world_size(group))
     rows, columns, *others = zip(*heard.tolist())
-    for what, values in zip(same, others):
+    for (what, (choices, _)), values in zip(same.items(), others):
         if len(set(values)) > 1:  # on all ranks alike, so none is left waiting
-            raise ValueError(f"{name}: expected {what} to be the same on all ranks, got {list(values)}")
+            got = [choices[v] for v in values]
+            raise ValueError(f"{name}: {what}: expected the same on all ranks, got {got}")
     return Ranks(group, rank, rows, columns)

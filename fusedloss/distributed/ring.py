@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -19,51 +18,59 @@ from .ranks import Ranks, span
 
 
 class Transfer:
-    """Tensors on their way to the next rank, and those of the previous one, which have `rows` rows."""
+    """Tensors on their way to the next rank, while as many of the previous one come `into` their places."""
 
-    def __init__(self, ranks: Ranks, tensors: Sequence[Tensor], rows: int):
-        self.sent, self.works = [t.contiguous() for t in tensors], []
-        self.received = [t.new_empty(rows, *t.shape[1:]) for t in tensors]
-        if ranks.size == 1:
-            self.received = self.sent
-            return
+    def __init__(self, ranks: Ranks, tensors: Sequence[Tensor], into: Sequence[Tensor]):
+        self.sent, self.received, self.works = [t.contiguous() for t in tensors], into, []
         calls = [(dist.isend, t, ranks.neighbour(1)) for t in self.sent]
-        calls += [(dist.irecv, t, ranks.neighbour(-1)) for t in self.received]
+        calls += [(dist.irecv, t, ranks.neighbour(-1)) for t in into]
         wanted = [dist.P2POp(call, t, peer, ranks.group) for call, t, peer in calls if t.numel()]
         self.works = dist.batch_isend_irecv(wanted) if wanted else []
 
-    def wait(self) -> list[Tensor]:
+    def wait(self) -> Sequence[Tensor]:
         for work in self.works:
             work.wait()
         return self.received
 
 
-def visits(ranks: Ranks, own: Sequence[Tensor], counts: Sequence[int]) -> Iterator[tuple[int, list[Tensor]]]:
-    """Each block's owner and tensors, the own block first."""
-    held = list(own)
+def room(tensors: Sequence[Tensor], rows: int) -> list[Tensor]:
+    """Places for tensors like these, of so many rows."""
+    return [t.new_empty(rows, *t.shape[1:]) for t in tensors]
+
+
+def visits(ranks: Ranks, own: Sequence[Tensor], counts: Sequence[int]) -> Iterator[tuple[int, Sequence[Tensor]]]:
+    """Each block's owner and tensors, the own block first. Two places are enough: one is read and sent, one filled."""
+    places = [room(own, max(counts)) for _ in range(min(2, ranks.size - 1))]
+    held = own
     for step in range(ranks.size):
-        owner = (ranks.rank - step) % ranks.size
-        last = step == ranks.size - 1
-        coming = None if last else Transfer(ranks, held, counts[owner - 1])
+        owner, coming = (ranks.rank - step) % ranks.size, None
+        if step < ranks.size - 1:
+            coming = Transfer(ranks, held, [place[: counts[owner - 1]] for place in places[step % 2]])
         yield owner, held
-        held = held if last else coming.wait()
+        held = held if coming is None else coming.wait()
 
 
 class Gathered:
     """What is gathered of each block on its way."""
 
     def __init__(self, ranks: Ranks, counts: Sequence[int], merge: Callable):
-        self.ranks, self.counts, self.merge, self.coming = ranks, counts, merge, None
+        self.ranks, self.counts, self.merge = ranks, counts, merge
+        self.own, self.coming = None, None
 
     def add(self, owner: int, found: list[Tensor]) -> None:
         """What this rank adds to the block that it looks at."""
-        if self.coming is not None:
-            found = self.merge(self.coming.wait(), found)
-        self.coming = Transfer(self.ranks, found, self.counts[owner - 1])
+        coming, self.coming = self.coming, None
+        if coming is not None:
+            found = self.merge(coming.wait(), found)
+            del coming  # before the next one's places are there
+        if self.ranks.size == 1:
+            self.own = found
+        else:
+            self.coming = Transfer(self.ranks, found, room(found, self.counts[owner - 1]))
 
-    def home(self) -> list[Tensor]:
+    def home(self) -> Sequence[Tensor]:
         """What all ranks added to the own block, after the last step."""
-        return self.coming.wait()
+        return self.own if self.coming is None else self.coming.wait()
 
 
 class Ring:
@@ -90,16 +97,12 @@ class Ring:
             here = span(self.ranks.columns, owner)
             over = facing(unpacked(theirs, *data), self.mine).stats if data else ()
             found, across = product.statistics(self.x, block, facing(mine, here).stats, over)
-            states = [
-                s.merge(state, moved_state(s, new, here.start)) for s, state, new in zip(rows, states, found)
-            ]
+            states = [s.merge(state, moved_state(s, new, here.start)) for s, state, new in zip(rows, states, found)]
             if data:
                 below.add(owner, [moved_state(s, t, self.mine.start) for s, t in zip(columns, across)])
         return states, below.home() if columns else []
 
-    def gradients(
-        self, product: Product, rows: Across, columns: Across, needs: Sequence[bool]
-    ) -> list[Tensor | None]:
+    def gradients(self, product: Product, rows: Across, columns: Across, needs: Sequence[bool]) -> list[Tensor | None]:
         """Of this rank's x and y, and its part of those of scale and bias."""
         same = self.y is None
         y, theirs = (self.x, rows) if same else (self.y, columns)
@@ -114,6 +117,7 @@ class Ring:
             totals = [new if old is None else old.add_(new) for old, new in zip(totals, (dx, *shared))]
             if want_y:
                 home.add(owner, [dy])
+            del dx, dy, shared  # before the next block's are there
         dx, *shared = totals
         dx = None if dx is None else dx.to(self.x.dtype)
         return [dx, home.home()[0].to(y.dtype) if want_y else None, *shared]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from ..checks import expect
 from ..plan import Walk
 from ..scores import FLOATING, Scores
 from ..similarity import check_features, shift_of, unit
-from ..statistics import Columns, Score, Statistic, split
+from ..statistics import Score, Statistic, split
 from .block import Product
 from .gather import Gather
 from .ranks import Ranks, Total, gathered, meet, span
@@ -47,6 +48,10 @@ class DistributedScores(Scores):
 
     def diagonal(self) -> Tensor:
         """(n,) the column, among those of all ranks, that belongs to each row of this rank."""
+        return self._diagonal
+
+    @cached_property
+    def _diagonal(self) -> Tensor:
         return torch.arange(self.rows, device=self.input.device) + span(self.ranks.columns, self.ranks.rank).start
 
     def of_columns(self, values: Tensor) -> Tensor:
@@ -66,7 +71,14 @@ class DistributedScores(Scores):
         return total / count.clamp(min=1)
 
     def at(self, columns: Tensor) -> Tensor:
-        """Scores at given columns (n,) or (n, k) of any rank: a step of the exchange, but no pass over the scores."""
+        """Scores at given columns (n,) or (n, k) of any rank: an exchange, but no pass over the scores.
+
+        What `diagonal` returned takes no exchange either: those columns are here.
+        """
+        if columns is self._diagonal and all(n <= m for n, m in zip(self.ranks.rows, self.ranks.columns)):
+            shift = None if self.shift is None else self.shift.expand(len(self.weight))
+            here = Scores(self.input, self.weight, None, None, shift, 0.0, self.scale, self.walk)
+            return here.at(columns - span(self.ranks.columns, self.ranks.rank).start)
         return self.reduce(Score(columns))
 
     def keeping(self, keep: Tensor | None) -> DistributedScores:
@@ -129,7 +141,9 @@ class _Statistics(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _columns, _states, grad_across, *_):
         if torch.is_grad_enabled():
-            raise RuntimeError(f"{NAME}: expected backward without create_graph, got one with: second derivatives are not there")
+            raise RuntimeError(
+                f"{NAME}: expected backward without create_graph, got one with: second derivatives are not there"
+            )
         if grad is None and grad_across is None:
             return (None,) * 7
         x, y, scale, shift, *states = ctx.saved_tensors
@@ -193,18 +207,21 @@ def similarity_scores(
         TypeError, ValueError: name the argument, what was expected and what came, here or on the other ranks.
     """
     same = check_features(NAME, x, y, scale, bias, memory_budget, empty=True)
+    for argument, t in (("x", x), ("y", x if same else y)):
+        expect(t.dtype in FLOATING, NAME, argument, "float64, float32, bfloat16 or float16", t.dtype, TypeError)
     expect(exchange in EXCHANGES, NAME, "exchange", "gather or ring", exchange)
     shift, y = shift_of(bias, x), x if same else y
     scale = scale if isinstance(scale, Tensor) else float(scale)
-    trained = [torch.is_grad_enabled() and isinstance(t, Tensor) and t.requires_grad for t in (x, y, scale, shift)]
     agreed = {
-        "D": x.shape[1],
-        "x's dtype (number in float64, float32, bfloat16, float16)": FLOATING.index(x.dtype),
-        "y's dtype (number in float64, float32, bfloat16, float16)": FLOATING.index(y.dtype),
-        "whether y is x": same,
-        "exchange (number in gather, ring)": list(EXCHANGES).index(exchange),
+        "D": (range(1 << 62), x.shape[1]),
+        "x's dtype": (FLOATING, x.dtype),
+        "y's dtype": (FLOATING, y.dtype),
+        "y is x": ((False, True), same),
+        "exchange": (tuple(EXCHANGES), exchange),
     }
-    agreed |= {f"{n}.requires_grad": t for n, t in zip(("x", "y", "scale", "bias"), trained)}
+    for argument, t in (("x", x), ("y", y), ("scale", scale), ("bias", shift)):
+        trained = torch.is_grad_enabled() and isinstance(t, Tensor) and t.requires_grad
+        agreed[f"{argument}.requires_grad"] = ((False, True), trained)
     ranks = meet(NAME, group, x.device, (len(x), len(y)), agreed)
     if normalize:
         x = unit(x)
