@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -89,7 +90,8 @@ def _operand(tensor: Tensor) -> Tensor:
     return tensor.contiguous() if expanded or 1 not in tensor.stride() else tensor
 
 
-def _stream(spec: Spec, x, weight, bias, class_scale, class_shift, scale, keep) -> Stream:
+def stream_of(spec: Spec, x, weight, bias, class_scale, class_shift, scale, keep) -> Stream:
+    """The scores that a call is about, as the walks see them."""
     multiply = DTYPES[spec.multiply]
     kept = None
     if keep is not None and x.device.type == "cpu" and not keep.all():  # elsewhere it would wait for the device
@@ -119,7 +121,8 @@ def _statistics(spec: Spec, carried: list[Tensor], kept: Tensor | None) -> list[
     return stats if kept is None else [s.taking(kept) for s in stats]
 
 
-def _recompute_layout(stream: Stream, walk: Walk, across: bool = False) -> Plan:
+def recompute_layout(stream: Stream, walk: Walk, across: bool = False) -> Plan:
+    """The plan of a walk that computes every block again for the gradient."""
     if stream.weight is None:
         most = stream.backend.limits(stream.x.device).logits_bytes
         rows = max(1, min(stream.rows, most // max(1, stream.columns * stream.dtype.itemsize)))
@@ -150,21 +153,23 @@ def _whole(stream: Stream, part: Tensor, rows: int) -> Tensor:
 @torch.library.impl("fusedloss::statistics", "CompositeExplicitAutograd")
 def _statistics_forward(text, x, weight, bias, class_scale, class_shift, scale, keep, carried):
     spec = decode(text)
-    stream = _stream(spec, x, weight, bias, class_scale, class_shift, scale, keep)
+    stream = stream_of(spec, x, weight, bias, class_scale, class_shift, scale, keep)
     stats, across = split(_statistics(spec, carried, stream.kept))
     if stream.symmetric:  # what a column has over its rows is what that row has over its columns
         both = symmetric.statistics_sweep(stream, [*stats, *across], spec.walk.memory_budget)
         states, below = both[: len(stats)], both[len(stats) :]
     else:
-        states, below = statistics_sweep(stream, stats, _recompute_layout(stream, spec.walk, bool(across)), across)
-    values, columns, states = _shown(stats, states, stream.rows, x.device)
+        states, below = statistics_sweep(stream, stats, recompute_layout(stream, spec.walk, bool(across)), across)
+    values, columns, states = shown(stats, states, stream.rows, x.device)
     return (
         *(_whole(stream, t, x.shape[0]) for t in (_counting(keep, values), columns, states)),
-        *_shown(across, below, stream.columns, x.device),
+        *shown(across, below, stream.columns, x.device),
     )
 
 
-def _shown(stats, states, count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def shown(
+    stats: Sequence[Statistic], states: Sequence[Tensor], count: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
     """Values, columns found and states, each in one matrix."""
     found = [s.columns(state) for s, state in zip(stats, states) if hasattr(s, "k")]
     empty = torch.zeros(count, 0, dtype=torch.float64, device=device)
@@ -253,27 +258,34 @@ def _statistics_backward(
     text, x, weight, bias, class_scale, class_shift, scale, keep, carried, states, grad, states_across, grad_across, needs
 ):
     spec = decode(text)
-    stream = _stream(spec, x, weight, bias, class_scale, class_shift, scale, keep)
+    stream = stream_of(spec, x, weight, bias, class_scale, class_shift, scale, keep)
     stats, below = split(_statistics(spec, carried, stream.kept))
     take = (lambda t: t) if stream.kept is None else (lambda t: t.index_select(0, stream.kept))
-    states, grad = _parted(stats, take(states), take(_counting(keep, grad)))
-    states_across, grad_across = _parted(below, states_across, grad_across)
+    states, grad = parted(stats, take(states), take(_counting(keep, grad)))
+    states_across, grad_across = parted(below, states_across, grad_across)
     into, found = _gradient_buffers(stream, x, weight, needs)
-    peak = _peak(stream, torch.cat([g.reshape(-1) for g in (*grad, *grad_across)]))
-    if peak is not None:
-        grad, grad_across = [g / peak for g in grad], [g / peak for g in grad_across]
-    if stream.symmetric:
-        all_of = [*stats, *below], [*states, *states_across], [*grad, *grad_across]
-        symmetric.gradient_sweep(stream, *all_of, into, spec.walk.memory_budget)
-    else:
-        across = Across(below, states_across, grad_across) if below else None
-        layout = _recompute_layout(stream, spec.walk, bool(below))
-        gradient_sweep(stream, stats, states, grad, into, layout, across)
-    _rescale(found, peak)
+    fill_gradients(stream, spec.walk, Across(stats, states, grad), Across(below, states_across, grad_across), into, found)
     return _finished(found, [x, weight, bias, class_scale, class_shift, scale], waiting=False)
 
 
-def _parted(stats, states: Tensor, grad: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+def fill_gradients(
+    stream: Stream, walk: Walk, rows: Across, columns: Across, into: Gradients, found: list[Tensor | None]
+) -> None:
+    """Fill `into`, whose buffers are `found`, from the coefficients of rows and of columns."""
+    peak = _peak(stream, torch.cat([g.reshape(-1) for g in (*rows.coefficients, *columns.coefficients)]))
+    if peak is not None:
+        rows, columns = [replace(c, coefficients=[g / peak for g in c.coefficients]) for c in (rows, columns)]
+    if stream.symmetric:
+        both = [*rows.stats, *columns.stats], [*rows.states, *columns.states], [*rows.coefficients, *columns.coefficients]
+        symmetric.gradient_sweep(stream, *both, into, walk.memory_budget)
+    else:
+        across = columns if columns.stats else None
+        layout = recompute_layout(stream, walk, across is not None)
+        gradient_sweep(stream, rows.stats, rows.states, rows.coefficients, into, layout, across)
+    _rescale(found, peak)
+
+
+def parted(stats: Sequence[Statistic], states: Tensor, grad: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """The states and gradients of each statistic."""
     if not stats:
         return [], []
@@ -295,7 +307,7 @@ def _statistics_backward_fake(
 def _eager_gradient(text, x, weight, bias, class_scale, class_shift, scale, keep, row_factor, rows, shared, needs):
     spec = decode(text)
     program = PROGRAMS[spec.program]
-    stream = _stream(spec, x, weight, bias, class_scale, class_shift, scale, keep)
+    stream = stream_of(spec, x, weight, bias, class_scale, class_shift, scale, keep)
     kept_rows = [stream.take(t, slice(None)) for t in rows] if stream.kept is not None else list(rows)
     factor = stream.take(row_factor, slice(None)) if stream.kept is not None else row_factor
     stats = program.statistics(kept_rows, shared)

@@ -46,7 +46,7 @@ def row_factors(
     if row_weight is not None:
         factor = factor * row_weight.reshape(-1).to(scores.dtype)
     if reduction == "mean":
-        total = factor.sum()
+        total = scores.total(factor)
         # No row counts: the loss is 0, not 0/0 (torch returns NaN there), and a masked batch does no harm.
         factor = torch.where(total == 0, 0.0, factor / torch.where(total == 0, 1.0, total))
     return spoilt(factor, valid)
@@ -68,7 +68,7 @@ def evaluate(
     streams = scores.streams()
     trained = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in streams])
     constant = not any([t.requires_grad for t in [*rows, *tensors]])
-    if reduction != "none" and trained and constant and scores.weight is not None and not scores.symmetric:
+    if reduction != "none" and trained and constant and scores.separable:
         kinds = tuple([(str(t.dtype)[6:], tuple([fixed(d) for d in t.shape[1:]])) for t in rows])
         shared_kinds = tuple([(str(t.dtype)[6:], tuple([fixed(d) for d in t.shape])) for t in tensors])
         known = tuple([(k, fixed(v)) for k, v in options.items()])
@@ -80,7 +80,7 @@ def evaluate(
     if keep is not None:  # before the factor: an ignored row's loss may be inf or NaN, and would reach ∂/∂factor
         losses = torch.where(keep, losses, 0.0)
     losses = losses.to(scores.dtype) * factor
-    return losses.reshape(scores.leading) if reduction == "none" else losses.sum()
+    return losses.reshape(scores.leading) if reduction == "none" else scores.total(losses)
 
 
 def register(function: Callable) -> Callable:

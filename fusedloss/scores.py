@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -58,6 +59,15 @@ class Scores:
     def mean(self, values: Tensor) -> Tensor:
         """Mean of values of all rows, or of all columns, given those that are here; 0 for none."""
         return values.sum() / max(1, values.numel())
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sum of values of all rows, given those that are here."""
+        return values.sum()
+
+    @property
+    def separable(self) -> bool:
+        """Whether losses of some rows and their gradients can be had without looking at the other rows."""
+        return self.weight is not None and not self.symmetric
 
     @property
     def leading(self) -> torch.Size:
@@ -134,17 +144,20 @@ class Scores:
         float64, whatever the scores are. Rows that do not count (`keep`) get 0. Backward computes the scores a second
         time.
         """
-        tensors = [t for s in statistics for _, _, t in s.tensors()]
         if any(t.requires_grad for s in statistics for name, _, t in s.tensors() if name != "row"):
             return self.dense().reduce(*statistics)
         if self.keep is not None and any(isinstance(s, Columns) for s in statistics):
             raise ValueError("Scores.reduce: statistics: expected no Columns where rows are left out (ignore_index)")
-        text = self.spec(tuple([s.static() for s in statistics]))
-        carried = [t.detach() if t.is_floating_point() else t for t in tensors]
-        given = autograd.statistics(text, self.streams(), self.keep, carried)
+        given = self.reduced(statistics)
         rows, across = _Taken(*given[:3]), _Taken(*given[3:])
         shown = [(across if isinstance(s, Columns) else rows).next(s) for s in statistics]
         return shown[0] if len(shown) == 1 else shown
+
+    def reduced(self, statistics: Sequence[Statistic]) -> tuple[Tensor, ...]:
+        """What `reduce` shows, still in matrices: values, columns found and states of rows, then of columns."""
+        carried = [t.detach() if t.is_floating_point() else t for s in statistics for _, _, t in s.tensors()]
+        text = self.spec(tuple([s.static() for s in statistics]))
+        return autograd.statistics(text, self.streams(), self.keep, carried)
 
     def at(self, columns: Tensor) -> Tensor:
         """Scores at given columns (N,) or (N, k), int64: N·k products instead of a pass over N·V. Differentiable."""

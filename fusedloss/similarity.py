@@ -37,30 +37,44 @@ def similarity_scores(
         TypeError, ValueError: name the argument, what was expected and what came.
     """
     name = "similarity_scores"
+    same = check_features(name, x, y, scale, bias, memory_budget)
+    expect(schedule in ("auto", "eager", "recompute"), name, "schedule", "auto, eager or recompute", schedule)
+    if normalize:
+        x, y = unit(x), None if same else unit(y)
+    y = x if same else y
+    shift = shift_of(bias, x)
+    shift = None if shift is None else shift.expand(y.shape[0])
+    scale = scale if isinstance(scale, Tensor) else float(scale)
+    walk = Walk(memory_budget, schedule, 0.0, backend)
+    return Scores(x, y, None, None, shift, 0.0, scale, walk, None, same and schedule != "eager")
+
+
+def check_features(
+    name: str, x: Tensor, y: Tensor | None, scale, bias, memory_budget: int | None, empty: bool = False
+) -> bool:
+    """Whether the scores are those of x with itself. ``empty``: there may be rows but no columns."""
     same = y is None or y is x
     expect(isinstance(x, Tensor) and x.dim() == 2, name, "x", "a tensor (N, D)", x)
     expect(same or (isinstance(y, Tensor) and y.dim() == 2), name, "y", "a tensor (M, D)", y)
     expect(same or y.shape[1] == x.shape[1], name, "y", f"(M, {x.shape[1]}) to match x", y)
-    if len(x) or not same:  # no rows and no columns: a batch of nothing, whose losses are 0
+    columns = len(x if same else y)
+    if columns or not (same or empty):  # no rows and no columns: a batch of nothing, whose losses are 0
         check_linear(name, x, x if same else y, None, prefix="y: ")
-    expect(schedule in ("auto", "eager", "recompute"), name, "schedule", "auto, eager or recompute", schedule)
     expect(
         memory_budget is None or memory_budget > 0, name, "memory_budget", "a positive number of bytes", memory_budget
     )
     for argument, value in (("scale", scale), ("bias", bias)):
         scalar = not isinstance(value, Tensor) or value.dim() == 0
         expect(scalar, name, argument, "a number or a 0-dimensional tensor", value)
-    if normalize:
-        x, y = unit(x), None if same else unit(y)
-    y = x if same else y
-    shift = None
-    if bias is not None and not (isinstance(bias, (int, float)) and bias == 0):
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        shift = torch.as_tensor(bias, dtype=None if isinstance(bias, Tensor) else wide, device=x.device)
-        shift = shift.expand(y.shape[0])
-    scale = scale if isinstance(scale, Tensor) else float(scale)
-    walk = Walk(memory_budget, schedule, 0.0, backend)
-    return Scores(x, y, None, None, shift, 0.0, scale, walk, None, same and schedule != "eager")
+    return same
+
+
+def shift_of(bias: float | Tensor | None, x: Tensor) -> Tensor | None:
+    """The bias as a 0-dimensional tensor; None for none."""
+    if bias is None or (isinstance(bias, (int, float)) and bias == 0):
+        return None
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return torch.as_tensor(bias, dtype=None if isinstance(bias, Tensor) else wide, device=x.device)
 
 
 def unit(x: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ def statistics_sweep(stream: Stream, stats: Sequence[Statistic], budget: int | N
     for s, state in zip(stats, states):
         if isinstance(s, Score):
             for at, into in zip(s.columns_of(stream.rows).unbind(1), state.unbind(1)):
-                into.copy_(torch.where(at < 0, 0.0, _meant(stream, _single(stream, at))))
+                into.copy_(torch.where(at < 0, 0.0, meant(stream, single(stream, at))))
     many = [n for n, s in enumerate(stats) if not isinstance(s, Score)]
     if not many:
         return states
@@ -97,7 +97,7 @@ def gradient_sweep(
             if isinstance(s, (Score, Extreme)):
                 at = s.columns(state) if isinstance(s, Extreme) else s.columns_of(stream.rows)
                 for column, c in zip(at.unbind(1), coefficient.unbind(1)):
-                    _add_single(stream, column, torch.where(column < 0, 0.0, c), dx, into)
+                    add_single(stream, column, torch.where(column < 0, 0.0, c), dx, dx, sums)
         if apart:
             into.x.copy_(dx)
 
@@ -106,37 +106,36 @@ def _asked(sums: Sums) -> list[tuple[str, Tensor]]:
     return [(f.name, getattr(sums, f.name)) for f in fields(Sums) if getattr(sums, f.name) is not None]
 
 
-def _single(stream: Stream, at: Tensor) -> Tensor:
-    """x_i · x_at(i) (N,) in the accumulation type."""
-    wide = accumulation_dtype(stream.dtype)
+def single(stream: Stream, at: Tensor) -> Tensor:
+    """x_i · w_at(i) (N,) in the accumulation type; of another column where there is no such column."""
+    wide, at = accumulation_dtype(stream.dtype), at.clamp(0, stream.columns - 1)
     parts = [
-        (stream.weight[some].to(wide) * stream.weight.index_select(0, at[some].clamp(min=0)).to(wide)).sum(1)
+        (stream.input(some).to(wide) * stream.weight.index_select(0, at[some]).to(wide)).sum(1)
         for some in spans(stream.rows, SOME_ROWS)
     ]
     return torch.cat(parts) if parts else at.to(wide)
 
 
-def _meant(stream: Stream, raw: Tensor) -> Tensor:
+def meant(stream: Stream, raw: Tensor) -> Tensor:
     """Scores from single products; all columns share their shift."""
     shift = stream.class_shift
     tile = Tile(raw.unsqueeze(1), 0, None, None, None if shift is None else shift[:1], stream.softcap, stream.scale)
     return tile.scores().squeeze(1)
 
 
-def _add_single(stream: Stream, at: Tensor, c: Tensor, dx: Tensor | None, into: Gradients) -> None:
-    """What ∂L/∂s_i,at(i) = c_i gives."""
-    c, at, sums = c.to(accumulation_dtype(stream.dtype)), at.clamp(min=0), into.sums
+def add_single(stream: Stream, at: Tensor, c: Tensor, dx: Tensor | None, dw: Tensor | None, sums: Sums) -> None:
+    """What ∂L/∂s_i,at(i) = c_i gives; c_i is 0 where there is no such column."""
+    c, at = c.to(accumulation_dtype(stream.dtype)), at.clamp(0, stream.columns - 1)
     if sums.scale is not None:
-        sums.scale.add_((c * _single(stream, at)).sum(dtype=torch.float64))
+        sums.scale.add_((c * single(stream, at)).sum(dtype=torch.float64))
     if sums.class_shift is not None:
         add_at(sums.class_shift, at, c)
-    if dx is None:
-        return
     for some in spans(stream.rows, SOME_ROWS):
-        mine, theirs = stream.weight[some].to(dx.dtype), stream.weight.index_select(0, at[some]).to(dx.dtype)
         factor = (c[some] * stream.scale).unsqueeze(1)
-        dx[some] += factor * theirs
-        add_at(dx, at[some], factor * mine)
+        if dx is not None:
+            dx[some] += factor * stream.weight.index_select(0, at[some]).to(dx.dtype)
+        if dw is not None:
+            add_at(dw, at[some], factor * stream.input(some).to(dw.dtype))
 
 
 def add_at(into: Tensor, at: Tensor, values: Tensor) -> None:

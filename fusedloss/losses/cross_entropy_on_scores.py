@@ -71,9 +71,9 @@ def on_scores(name: str, scores: Scores, target: Tensor, given: Options) -> Tens
         return evaluate(indexed.key, scores, keep, factor, [safe], shared, options, reduction)
     # The weighted mean divides by the targets' weights, the z-loss' mean by the row weights alone: fold the quotient in.
     rows = row_factors(scores, keep, valid, None, row_weight, "sum")
-    divisor = (rows * weight[safe]).sum()
+    divisor = scores.total(rows * weight[safe])
     factor = torch.where(divisor == 0, 0.0, rows / torch.where(divisor == 0, 1.0, divisor))
     wanted, _ = penalised(z_loss), options.pop("z_loss", None)
     if wanted:
-        shared["z_loss"] = z_loss * divisor / rows.sum().clamp(min=torch.finfo(rows.dtype).tiny)
+        shared["z_loss"] = z_loss * divisor / scores.total(rows).clamp(min=torch.finfo(rows.dtype).tiny)
     return evaluate(indexed.key, scores, keep, factor, [safe], shared, options, reduction)
