@@ -64,8 +64,9 @@ def soft_info_nce_loss(
         negatives = (z + w.log().to(z.dtype)).scatter(1, at, -torch.inf)
         return nll(negatives.logsumexp(1).double(), z.gather(1, at)[:, 0].double())
 
-    parts = [checkpoint(losses, chunk, *student, use_reentrant=False) for chunk in spans(shape[0], rows)]
-    return scores.mean(torch.cat(parts) if parts else own.to(scores.dtype)).to(scores.dtype)
+    chunks = list(spans(shape[0], rows)) or [slice(0, 0)]
+    parts = [checkpoint(losses, chunk, *student, use_reentrant=False) for chunk in chunks]
+    return scores.mean(torch.cat(parts)).to(scores.dtype)
 
 
 def _wide(scores: Scores) -> tuple:
