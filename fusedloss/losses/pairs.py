@@ -41,16 +41,18 @@ def positives(name: str, scores: Scores, target: Tensor | None) -> Tensor:
 
 
 def labels(name: str, scores: Scores, kind: str, rows: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(N,) and (M,) int64 labels of rows and columns; the columns' are the rows' where they are not given."""
-    expect(columns is not None or scores.rows == scores.columns, name, f"column_{kind}", "given where N ≠ M", columns)
-    here = len(scores.diagonal())
-    for argument, values in ((kind, rows), (f"column_{kind}", columns)):
-        given = argument == kind or values is not None
-        expect(not given or isinstance(values, Tensor), name, argument, "an integer tensor", values, TypeError)
-        expect(not given or integral(values), name, argument, "integers", getattr(values, "dtype", None), TypeError)
+    """(N,) and (M,) int64 labels of rows and columns; the columns' are the rows' where they are not given.
+
+    ``kind``: the argument's name, label or row_group; that of the columns' is then column_label or column_group.
+    """
+    other, here = f"column_{kind.removeprefix('row_')}", len(scores.diagonal())
+    expect(columns is not None or scores.rows == scores.columns, name, other, "given where N ≠ M", columns)
+    for argument, values in ((kind, rows), (other, rows if columns is None else columns)):
+        expect(isinstance(values, Tensor), name, argument, "an integer tensor", values, TypeError)
+        expect(integral(values), name, argument, "integers", values.dtype, TypeError)
     expect(rows.shape == (here,), name, kind, f"shape ({here},)", rows)
     columns = scores.of_columns(rows.long() if columns is None else columns.long())
-    expect(columns.shape == (scores.columns,), name, f"column_{kind}", f"shape ({scores.columns},)", columns)
+    expect(columns.shape == (scores.columns,), name, other, f"shape ({scores.columns},)", columns)
     return rows.long(), columns
 
 

@@ -62,7 +62,7 @@ def reference(z: Tensor, label, column_label=None, form="out", temperature_ratio
     positive = (label[:, None] == (label if column_label is None else column_label)) & others
     some = positive.any(1)
     z, others, positive = z[some], others[some], positive[some]
-    count = positive.sum(1)
+    count = positive.sum(1, dtype=z.dtype)
     if form == "out":
         hits = torch.where(positive, z, 0.0).sum(1) / count
     else:
