@@ -273,6 +273,22 @@ def test_compiled(name):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("module, case", ALL)
+def test_autocast(module, case, device):
+    """Products in bf16 of fp32 embeddings: those of the embeddings rounded to bf16."""
+    made, arguments = Operands(module, (24, 24), F32, trained=False), pair_arguments(case, 24, 24)
+    with torch.autocast(device.type, torch.bfloat16):
+        loss = function_of(module)(made.scores(), **arguments)
+    found = gradients(loss, {"dx": made.x, "dy": made.y})
+    made.x, made.y = (t.detach().bfloat16().requires_grad_() for t in (made.x, made.y))
+    made.y = made.x if module.SCORES == "self" else made.y
+    rounded = function_of(module)(made.scores(), **arguments)
+    close(loss, rounded, 1e-6)
+    for name, g in gradients(rounded, {"dx": made.x, "dy": made.y}).items():
+        assert found[name].dtype == F32
+        close(found[name], g, 1e-2, name)
+
+
 # --- extremes ---------------------------------------------------------------------------------------------------------
 
 

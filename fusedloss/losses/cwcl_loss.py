@@ -39,24 +39,26 @@ def cwcl_loss(scores: Tensor | Scores, teacher: Tensor) -> Tensor:
     own = scores.diagonal()
     u = unit(teacher.detach().to(scores.dtype))
     v = torch.cat([torch.ones_like(u[:, :1]), u], 1) / 2**0.5
+    rest = LogSumExp(where=Rest(own))
+    asked = [rest, Columns(rest), Score(own)]
     with torch.autocast(u.device.type, enabled=False):
         total = (v @ v.sum(0)).double()
-        rest = LogSumExp(where=Rest(own))
-        asked = [rest, Columns(rest), Score(own)]
-        if scores.weight is None:
-            rows, columns, hit, weighted = scores.reduce(*asked, Sum(v @ v.t()))
-        else:
-            rows, columns, hit = scores.reduce(*asked)
-            weighted = _weighted(scores, v)
+        weights = v @ v.t() if scores.weight is None else None  # as large as the given matrix
+    if scores.weight is None:
+        rows, columns, hit, weighted = scores.reduce(*asked, Sum(weights))
+    else:
+        rows, columns, hit = scores.reduce(*asked)
+        weighted = _weighted(scores, v)
     there = log_partition(rows, hit) - weighted / total
     return (scores.mean(there) + scores.mean(nll(columns, hit))).to(scores.dtype)
 
 
 def _weighted(scores: Scores, v: Tensor) -> Tensor:
     """Σ_j (v_i·v_j) z_ij of each row."""
-    x, y = (t.to(scores.multiply_dtype).to(scores.dtype) for t in (scores.input, scores.weight))
-    sums = (x * (v @ (v.t() @ y))).sum(1) * scores.scale
-    return (sums if scores.class_shift is None else sums + v @ (v.t() @ scores.class_shift.to(v.dtype))).double()
+    x, y = (t.to(scores.multiply_dtype).to(v.dtype) for t in (scores.input, scores.weight))
+    with torch.autocast(v.device.type, enabled=False):
+        sums = (x * (v @ (v.t() @ y))).sum(1) * scores.scale
+        return (sums if scores.class_shift is None else sums + v @ (v.t() @ scores.class_shift.to(v.dtype))).double()
 
 
 def reference(z: Tensor, teacher) -> Tensor:

@@ -34,7 +34,7 @@ def nt_xent_loss(scores: Tensor | Scores, target: Tensor | None = None) -> Tenso
     own = scores.diagonal()
     if target is None:
         expect(len(own) % 2 == 0, name, "scores", "an even number of rows, two views of each", len(own))
-        target = own.roll(len(own) // 2)
+        target = own.roll(len(own) // 2)  # of the rows that are here
     other, keep, valid = checked_target(name, scores, target, -100)
     negatives = Other(other, scores.of_columns(own), without=own)  # all but the row itself and its other view
     losses = nll(*scores.reduce(LogSumExp(where=negatives), Score(other)))

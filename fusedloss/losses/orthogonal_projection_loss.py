@@ -37,7 +37,7 @@ def orthogonal_projection_loss(
     check_number(name, "gamma", gamma, 0)
     scores = pair_scores(name, scores, square=True)
     rows, columns = labels(name, scores, "label", label, None)
-    if scores.rows == 0:
+    if scores.columns == 0:
         return scores.input.sum().to(scores.dtype)
     if form == "identity" and scores.symmetric and type(scores) is Scores:  # all of the rows are here
         near, far, n_near, n_far = _by_classes(scores, rows)
@@ -47,7 +47,7 @@ def orthogonal_projection_loss(
         far = [Sum(where=other)] if form == "identity" else signs
         near, n_near, n_far, *far = scores.reduce(Sum(where=same), Count(where=same), Count(where=other), *far)
         near, far, n_near, n_far = (scores.mean(t) for t in (near, sum(far), n_near, n_far))
-    guard = GUARD / scores.rows  # all four are divided by the rows
+    guard = GUARD / scores.columns  # all four are divided by the number of rows, that of columns
     return (1 - near / (n_near + guard) + gamma * far / (n_far + guard)).to(scores.dtype)
 
 

@@ -25,17 +25,22 @@ def pair_scores(name: str, scores: Scores | Tensor, argument: str = "scores", *,
     matrix = isinstance(scores, Scores) or (isinstance(scores, Tensor) and scores.dim() == 2)
     expect(matrix, name, argument, "similarity_scores(x, y) or a matrix (N, M)", scores)
     scores = as_scores(scores)
-    shape = scores.rows, scores.columns
     expect(len(scores.leading) == 1, name, argument, "one dimension of rows", tuple(scores.leading))
-    expect(not square or scores.rows == scores.columns, name, argument, "as many rows as columns", shape)
+    shape = scores.rows, columns_here(scores)
+    expect(not square or shape[0] == shape[1], name, argument, "as many rows as columns", shape)
     return scores
+
+
+def columns_here(scores: Scores) -> int:
+    """Number of columns that are given here: all M, but for scores between the features of several processes."""
+    return scores.columns if scores.weight is None else len(scores.weight)
 
 
 def positives(name: str, scores: Scores, target: Tensor | None) -> Tensor:
     """(N,) the column of each row's positive."""
     if target is None:
-        shape = scores.rows, scores.columns
-        expect(scores.rows <= scores.columns, name, "target", "given where N > M", shape)
+        shape = scores.rows, columns_here(scores)
+        expect(shape[0] <= shape[1], name, "target", "given where N > M", shape)
         return scores.diagonal()
     return target
 
@@ -45,15 +50,14 @@ def labels(name: str, scores: Scores, kind: str, rows: Tensor, columns: Tensor |
 
     ``kind``: the argument's name, label or row_group; that of the columns' is then column_label or column_group.
     """
-    other, here = f"column_{kind.removeprefix('row_')}", len(scores.diagonal())
-    expect(columns is not None or scores.rows == scores.columns, name, other, "given where N ≠ M", columns)
-    for argument, values in ((kind, rows), (other, rows if columns is None else columns)):
+    other, here = f"column_{kind.removeprefix('row_')}", columns_here(scores)
+    expect(columns is not None or scores.rows == here, name, other, "given where N ≠ M", columns)
+    columns = rows if columns is None else columns
+    for argument, values, count in ((kind, rows, scores.rows), (other, columns, here)):
         expect(isinstance(values, Tensor), name, argument, "an integer tensor", values, TypeError)
         expect(integral(values), name, argument, "integers", values.dtype, TypeError)
-    expect(rows.shape == (here,), name, kind, f"shape ({here},)", rows)
-    columns = scores.of_columns(rows.long() if columns is None else columns.long())
-    expect(columns.shape == (scores.columns,), name, other, f"shape ({scores.columns},)", columns)
-    return rows.long(), columns
+        expect(values.shape == (count,), name, argument, f"shape ({count},)", values)
+    return rows.long(), scores.of_columns(columns.long())
 
 
 def checked_columns(name: str, scores: Scores, target: Tensor) -> tuple[Tensor, Tensor]:

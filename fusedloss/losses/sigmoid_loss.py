@@ -13,7 +13,7 @@ from ..statistics import Score, Sum, SumOf
 from .pairs import COMMON, labels, pair_scores, positives
 
 
-# Sums whose terms look at one score only: the walk can form the gradient in the sweep that sums.
+# Sums, linear in the loss, whose terms look at one score only: the walk can form the gradient in the sweep that sums.
 @row_loss
 def _sigmoid_loss(scores, target):
     every, hit = scores.reduce(SumOf("softplus"), Score(target))

@@ -10,7 +10,7 @@ from ..numerics import nll
 from ..relation import Other, Rest, Same
 from ..scores import Scores
 from ..statistics import Count, LogSumExp, Sum
-from .pairs import labels, pair_scores
+from .pairs import columns_here, labels, pair_scores
 
 
 def supcon_loss(
@@ -40,7 +40,8 @@ def supcon_loss(
     expect(form in ("out", "in"), name, "form", "out or in", form)
     check_number(name, "temperature_ratio", temperature_ratio, 0, above=True)
     scores = pair_scores(name, scores)
-    expect(scores.rows <= scores.columns, name, "scores", "each row among the columns", (scores.rows, scores.columns))
+    shape = scores.rows, columns_here(scores)
+    expect(shape[0] <= shape[1], name, "scores", "each row among the columns", shape)
     rows, columns = labels(name, scores, "label", label, column_label)
     own = scores.diagonal()
     positives = Same(rows, columns, without=own)
