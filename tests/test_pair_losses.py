@@ -166,10 +166,8 @@ def of_rows(module, z, arguments):
     losses, parameters = [], inspect.signature(module.reference).parameters
     for i in range(len(z)):
         mine = {k: v[i : i + 1] if k in ROW_ARGUMENTS else v for k, v in arguments.items()}
-        if "target" in parameters and "target" not in mine and "row_group" not in mine:
-            mine["target"] = torch.tensor([i])
-        if "row_group" in mine and name_of(module) == "info_nce_loss":
-            mine["target"] = torch.tensor([i])
+        if "target" in parameters and ("row_group" not in mine or name_of(module) == "info_nce_loss"):
+            mine.setdefault("target", torch.tensor([i]))  # sigmoid_loss takes one of the two
         losses.append(module.reference(z[i : i + 1], **mine))
     return torch.stack(losses)
 

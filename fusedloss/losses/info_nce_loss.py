@@ -75,9 +75,7 @@ def _group(count: int) -> Tensor:
     return torch.arange(count) // 3
 
 
-CASES = (
-    {},
-    {"target": lambda rows, columns: torch.arange(rows).flip(0)},
-    {"row_group": lambda rows, columns: _group(rows), "column_group": lambda rows, columns: _group(columns)},
-)
+_GROUPS = {"row_group": lambda rows, columns: _group(rows), "column_group": lambda rows, columns: _group(columns)}
+_REVERSED = {"target": lambda rows, columns: torch.arange(rows).flip(0)}
+CASES = ({}, _REVERSED, _GROUPS, {**_REVERSED, **_GROUPS})
 SCORES = "pair"
