@@ -30,9 +30,10 @@ is one streaming read of the scores; what it gathers is what the loss depends on
 PAIR_HEAD = """
 ## Pairs of embeddings
 
-Of similarities z = scale · x·y + bias: `fusedloss.similarity_scores(x, y, …)`, or a dense matrix of them. "pair": x_i and
-y_i belong together, N ≤ M; "self": x with itself, of whose symmetric scores half are computed; "classes": x with one
-vector per class. No pass: the loss needs no statistic of the scores, or walks them in plain PyTorch (then it says so).
+Of similarities z = scale · x·y + bias: `fusedloss.similarity_scores(x, y, …)`, or a dense matrix of them. "pair": x_i
+and y_i belong together, N ≤ M; "self": x with itself, of whose symmetric scores half are computed; "classes": x with
+one vector per class. No pass: the loss needs no statistic of the scores, or walks them in plain PyTorch (then its
+docstring says so).
 
 | loss | of | formula | arguments | gathers | passes | papers |
 |---|---|---|---|---|---|---|

@@ -1,7 +1,7 @@
 """Golden records of the contrastive losses: value and gradients, float64, to 1e-10.
 
-tests/golden/contrastive.json holds their inputs, and the records with their section in the catalogue of formulas. They were
-made independently of this library, from float64 autograd and the official code where there is one ("verified").
+tests/golden/contrastive.json holds their inputs, and the records with their section in the catalogue of formulas. They
+were made independently of this library, from float64 autograd and the official code where there is one ("verified").
 """
 
 import json
@@ -19,7 +19,8 @@ def matrix(values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-LABEL, GRADES, TEACHER = torch.tensor(GOLDEN["inputs"]["lab"]), matrix(GOLDEN["inputs"]["grades"]), GOLDEN["inputs"]["T"]
+LABEL = torch.tensor(GOLDEN["inputs"]["lab"])
+GRADES, TEACHER = (matrix(GOLDEN["inputs"][name]) for name in ("grades", "T"))
 
 
 class Leaves:
@@ -50,7 +51,7 @@ def sigmoid(o):
 
 
 def soft_info_nce(o):
-    p, guide = o.params, fl.similarity_scores(matrix(TEACHER), scale=1 / o.params["t"], normalize=True)
+    p, guide = o.params, fl.similarity_scores(TEACHER, scale=1 / o.params["t"], normalize=True)
     scores = o.pairs(1.0, normalize=False)
     return fl.soft_info_nce_loss(scores, guide, alpha=p["alpha"], beta=p["beta"], least=p["w_min"])
 
@@ -73,7 +74,7 @@ CALLS = {
     "clip": lambda o: fl.clip_loss(o.pairs()),
     "clip_logit_scale": lambda o: fl.clip_loss(o.pairs(o.all["logit_scale"].exp())),
     "soft_infonce": soft_info_nce,
-    "cwcl": lambda o: fl.cwcl_loss(o.pairs(), matrix(TEACHER)),
+    "cwcl": lambda o: fl.cwcl_loss(o.pairs(), TEACHER),
     # The official code adds the means over the two views.
     "ntxent_simclr_official": lambda o: 2 * fl.nt_xent_loss(o.itself(views=True)),
     "ntxent_mean": lambda o: fl.nt_xent_loss(o.itself(views=True)),

@@ -56,8 +56,8 @@ LOSSES: tuple[ModuleType, ...] = (
     taylor_softmax_loss,
 )
 
-# Of similarities of pairs. SCORES in each file says whose: "pair" (x with y, N ≤ M), "self" (x with itself) or "classes" (x
-# with class weights).
+# Of similarities of pairs. SCORES in each file says whose: "pair" (x with y, N ≤ M), "self" (x with itself) or "classes"
+# (x with class weights).
 PAIR_LOSSES: tuple[ModuleType, ...] = (
     sigmoid_loss,
     bixse_loss,

@@ -10,7 +10,7 @@ from ..row_loss import row_loss
 from ..scores import FLOATING, Scores
 from ..statistics import Score, SumOf
 from ..targets import spoilt
-from .pairs import COMMON, checked_columns, pair_scores, positives
+from .pairs import checked_columns, pair_scores, positives
 
 
 @row_loss
@@ -29,15 +29,21 @@ def bixse_loss(
     row_weight: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """BiXSE: L = Σ_j log(1 + e^{z_j}) − Σ_{j graded} g_j z_j, binary cross-entropy with grades g, 0 where none is given.
+    """BiXSE: L = Σ_j log(1 + e^{z_j}) − Σ_{j graded} g_j z_j.
 
-    Christos Tsirigotis et al., "BiXSE: Improving Dense Retrieval via Probabilistic Graded Relevance Distillation", 2025,
-    arXiv 2508.06781: pointwise cross-entropy on graded labels with in-batch negatives. No official code; of scale, bias
-    and divisor the abstract says nothing, so they are yours: z = scale · x·y + bias is made by `similarity_scores`, and
-    divisor="rows" is `sigmoid_loss`'s, "pairs" divides by M once more. The least value is the grades' entropy, not 0.
+    Binary cross-entropy with grades g, 0 where none is given. Christos Tsirigotis et al., "BiXSE: Improving Dense
+    Retrieval via Probabilistic Graded Relevance Distillation", 2025, arXiv 2508.06781: pointwise cross-entropy on graded
+    labels with in-batch negatives. There is no official code, and of scale, bias and divisor the abstract says nothing:
+    z = scale · x·y + bias is made by `similarity_scores`; divisor="rows" is `sigmoid_loss`'s, "pairs" divides by M once
+    more. The least value is the grades' entropy, not 0.
 
+        scores: `similarity_scores(x, y, …)`, N × M, or a dense matrix (N, M).
         grade: g in [0, 1], (N,), the grade of each row's own column, or (N, k); may require grad.
         target: columns of the grades, int64, of the same shape; None: the diagonal. −100: no column.
+        row_weight: (N,) weights of the rows, differentiable. reduction: "mean" over rows, "sum" or "none".
+
+    Returns a float32 loss (float64 for float64 scores). Raises ValueError or TypeError; IndexError for a column out of
+    range.
     """
     name = "bixse_loss"
     check_reduction(name, reduction)
@@ -46,17 +52,12 @@ def bixse_loss(
     target = positives(name, scores, target)
     kind = getattr(grade, "dtype", type(grade))
     expect(kind in FLOATING, name, "grade", "a floating-point tensor", kind, TypeError)
-    right = target.dim() in (1, 2) and target.shape[:1] == scores.leading
+    right = isinstance(target, Tensor) and target.dim() in (1, 2) and target.shape[:1] == scores.leading
     expect(right, name, "target", "columns of shape (N,) or (N, k)", target)
     expect(grade.shape == target.shape, name, "grade", f"shape {tuple(target.shape)} as target", grade)
     columns, valid = checked_columns(name, scores, target.reshape(len(target), -1 if len(target) else 1))
     options = dict(per_pair=divisor == "pairs", row_weight=row_weight, reduction=reduction)
     return _bixse_loss(scores, spoilt(grade, valid).reshape(columns.shape), columns, **options)
-
-
-bixse_loss.__doc__ += COMMON.replace(
-    "        target: (N,) the column of each row's positive; None: the diagonal, where x_i and y_i are a pair.\n", ""
-)
 
 
 def reference(z: Tensor, grade, target=None, divisor="rows") -> Tensor:

@@ -20,8 +20,8 @@ def clip_loss(scores: Tensor | Scores) -> Tensor:
     at log(1 / 0.07), and the official code keeps it ≤ log 100 after each step. A bias shared by all pairs changes
     nothing. One sweep gathers the log-sum-exps of rows and of columns.
 
-        scores: `similarity_scores(x, y, …)` or a matrix, N × N: x_i and y_i are a pair. With more columns than rows only
-            one side is defined: `info_nce_loss`.
+        scores: `similarity_scores(x, y, …)` or a matrix, N × N: x_i and y_i are a pair. With more columns than rows
+            only one side is defined: `info_nce_loss`.
 
     Returns a float32 mean (float64 for float64 scores), 0 for no pairs. Raises ValueError when N ≠ M.
     """

@@ -21,8 +21,8 @@ def cwcl_loss(scores: Tensor | Scores, teacher: Tensor) -> Tensor:
     Cross-Modal Transfer with Continuously Weighted Contrastive Loss", NeurIPS 2023, arXiv 2309.14580: weighted from the
     strong modality, CLIP's loss back, summed and not averaged. No official code; the formula as others quote it.
 
-    The weights are linear in u, and the scores in x: Σ_j w_ij z_ij = v_iᵀ (Σ_j v_j y_jᵀ) x_i with v = (1, u) / √2, which
-    takes N·D·D_u products and no score. The rest is one sweep, as for `clip_loss`.
+    The weights are linear in u, and the scores in x: Σ_j w_ij z_ij = v_iᵀ (Σ_j v_j y_jᵀ) x_i with v = (1, u) / √2,
+    which takes N·D·D_u products and no score. The rest is one sweep, as for `clip_loss`.
 
         scores: `similarity_scores(x, y, …)` or a matrix, N × N: x_i and y_i are a pair.
         teacher: (N, D_u), one embedding per pair, of the frozen side; no gradient flows into it.

@@ -13,8 +13,9 @@ COMMON = """
     Common arguments:
         scores: `similarity_scores(x, y, scale=…)`, N × M, never stored, or a dense matrix (N, M) of scores.
         target: (N,) the column of each row's positive; None: the diagonal, where x_i and y_i are a pair.
-        row_weight: (N,) weights of the rows, differentiable. ignore_index: rows with this target have loss 0, gradient
-            exactly 0, and do not count. reduction: "mean" over the rows that count (0 when there are none), "sum", "none".
+        row_weight: (N,) weights of the rows, differentiable.
+        ignore_index: rows with this target have loss 0, gradient exactly 0, and do not count.
+        reduction: "mean" over the rows that count (0 when there are none), "sum" or "none".
     Returns a float32 loss (float64 for float64 scores).
     Raises ValueError or TypeError for bad arguments, IndexError for a target out of range, before anything is computed.
 """
@@ -61,7 +62,7 @@ def labels(name: str, scores: Scores, kind: str, rows: Tensor, columns: Tensor |
 
 
 def checked_columns(name: str, scores: Scores, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns of any shape, checked as targets are: −1 for −100, none. And what to multiply losses with (see targets)."""
+    """Columns of any shape, checked as targets are, −1 for none (−100), and what to multiply losses with (see targets)."""
     expect(integral(target), name, "target", "an integer tensor of columns", target.dtype, TypeError)
     safe, keep, valid = torch.ops.fusedloss.checked_target(target, scores.columns, -100, name)
     return torch.where(keep, safe, -1), valid

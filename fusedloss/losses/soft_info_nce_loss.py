@@ -16,25 +16,27 @@ from ..plan import spans
 from ..scores import Scores
 from .pairs import pair_scores
 
-CHUNK_BYTES = 64 << 20  # a chunk of scores, where the scores name no memory_budget; some five of them are alive at once
+# A chunk of scores, where the scores name no memory_budget; some five of them are alive at once.
+CHUNK_BYTES = 64 << 20
 
 
 def soft_info_nce_loss(
     scores: Tensor | Scores, teacher: Tensor | Scores, *, alpha: float = 1.0, beta: float = 1.0, least: float = 0.1
 ) -> Tensor:
-    """Soft-InfoNCE: L = mean_i(log(e^{z_ii} + Σ_{j≠i} w_ij e^{z_ij}) − z_ii), w = max(0.1, (β − α π) / (β − α / (M − 1))).
+    """Soft-InfoNCE: L = mean_i(log(e^{z_ii} + Σ_{j≠i} w_ij e^{z_ij}) − z_ii).
 
-    π_ij is the softmax over j ≠ i of the teacher's scores. Haochen Li, Xin Zhou, Luu Anh Tuan and Chunyan Miao,
+    w = max(0.1, (β − α π) / (β − α / (M − 1))), π the softmax over j ≠ i of the teacher's scores. Haochen Li, Xin Zhou, Luu Anh Tuan and Chunyan Miao,
     "Rethinking Negative Pairs in Code Search", EMNLP 2023, arXiv 2310.08069; z are raw dot products there. The official
     code adds 1e-15 inside the logarithm, which caps the loss at 34.5; left out here.
 
-    The maximum with 0.1 needs π, hence all of a row, before a weight is known: it is no statistic. The loss walks chunks
-    of rows in plain PyTorch instead, and computes each again in the backward pass: six products of N × M, two of them the
-    teacher's, on no compiled backend, and chunk · M scores of memory.
+    The maximum with 0.1 needs π, hence all of a row, before a weight is known: it is no statistic. The loss walks
+    chunks of rows in plain PyTorch instead, and computes each again in the backward pass: six products of N × M, two of
+    them the teacher's, on no compiled backend, and chunk · M scores of memory. Without the maximum the sums would
+    separate, and one pass would do.
 
         scores: `similarity_scores(x, y, …)` or a matrix, N × M, N ≤ M: x_i and y_i are a pair.
-        teacher: the teacher's scores, divided by its temperature t: `similarity_scores(u, v, scale=1 / t)` or a matrix,
-            N × M. No gradient flows into it.
+        teacher: the teacher's scores, divided by its temperature t: `similarity_scores(u, v, scale=1 / t)` or a
+            matrix, N × M. No gradient flows into it.
         alpha, beta: α ≥ 0, β > α / (M − 1). least: the 0.1.
 
     Returns a float32 mean (float64 for float64 scores), 0 for no rows. Raises ValueError or TypeError.
