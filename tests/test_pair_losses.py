@@ -490,6 +490,9 @@ ERRORS = {
     "bixse_loss: reduction": lambda: fl.bixse_loss(pairs(), torch.rand(6), reduction="avg"),
     "soft_info_nce_loss: teacher: expected (6, 9) scores": lambda: fl.soft_info_nce_loss(pairs(), itself()),
     "soft_info_nce_loss: teacher: expected similarity_scores": lambda: fl.soft_info_nce_loss(pairs(), None),
+    "soft_info_nce_loss: alpha: expected a number": lambda: fl.soft_info_nce_loss(
+        pairs(6, 6), itself(), alpha=torch.ones(())
+    ),
     "soft_info_nce_loss: beta": lambda: fl.soft_info_nce_loss(pairs(2, 2), itself(2)),
     "soft_info_nce_loss: scores: expected each row": lambda: fl.soft_info_nce_loss(pairs(9, 6), torch.rand(9, 6)),
     "cwcl_loss: scores: expected as many rows": lambda: fl.cwcl_loss(pairs(), torch.rand(6, 3)),

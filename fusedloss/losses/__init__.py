@@ -56,7 +56,7 @@ LOSSES: tuple[ModuleType, ...] = (
     taylor_softmax_loss,
 )
 
-# Of similarities of pairs. SCORES in each file says whose: "pair" (x with y, N ≤ M), "self" (x with itself) or "classes"
+# Of similarities of pairs. SCORES in each file says whose: "pair" (x with y, N ≤ M), "self" (x with itself), "classes"
 # (x with class weights).
 PAIR_LOSSES: tuple[ModuleType, ...] = (
     sigmoid_loss,

@@ -32,10 +32,10 @@ def bixse_loss(
     """BiXSE: L = Σ_j log(1 + e^{z_j}) − Σ_{j graded} g_j z_j.
 
     Binary cross-entropy with grades g, 0 where none is given. Christos Tsirigotis et al., "BiXSE: Improving Dense
-    Retrieval via Probabilistic Graded Relevance Distillation", 2025, arXiv 2508.06781: pointwise cross-entropy on graded
-    labels with in-batch negatives. There is no official code, and of scale, bias and divisor the abstract says nothing:
-    z = scale · x·y + bias is made by `similarity_scores`; divisor="rows" is `sigmoid_loss`'s, "pairs" divides by M once
-    more. The least value is the grades' entropy, not 0.
+    Retrieval via Probabilistic Graded Relevance Distillation", 2025, arXiv 2508.06781: pointwise cross-entropy on
+    graded labels with in-batch negatives. There is no official code, and of scale, bias and divisor the abstract
+    says nothing: z = scale · x·y + bias is made by `similarity_scores`; divisor="rows" is `sigmoid_loss`'s, "pairs"
+    divides by M once more. The least value is the grades' entropy, not 0.
 
         scores: `similarity_scores(x, y, …)`, N × M, or a dense matrix (N, M).
         grade: g in [0, 1], (N,), the grade of each row's own column, or (N, k); may require grad.

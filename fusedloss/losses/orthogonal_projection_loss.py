@@ -20,14 +20,14 @@ def orthogonal_projection_loss(
 ) -> Tensor:
     """Orthogonal projection: L = 1 − Σ⁺ s_ij / (n⁺ + 1e-6) + γ Σ⁻ φ(s_ij) / (n⁻ + 1e-6).
 
-    Σ⁺ runs over the n⁺ pairs i ≠ j of the same label, Σ⁻ over the n⁻ of different ones. Kanchana Ranasinghe, Muzammal
-    Naseer, Munawar Hayat, Salman Khan and Fahad Shahbaz Khan, "Orthogonal Projection Loss", ICCV 2021, arXiv 2103.14021.
-    Of the official code loss.py has φ(s) = s and γ = 0.5 (form="identity"), the CIFAR and ImageNet trainings φ(s) = |s|
-    and γ = 2 (form="abs"); both divide by n + 1e-6, and the loss is added to cross-entropy with weight 1. s are cosines:
-    ``similarity_scores(x, normalize=True)``.
+    Σ⁺ runs over the n⁺ pairs i ≠ j of the same label, Σ⁻ over the n⁻ of different ones. Kanchana Ranasinghe,
+    Muzammal Naseer, Munawar Hayat, Salman Khan and Fahad Shahbaz Khan, "Orthogonal Projection Loss", ICCV 2021,
+    arXiv 2103.14021. Of the official code loss.py has φ(s) = s and γ = 0.5 (form="identity"), the CIFAR and
+    ImageNet trainings φ(s) = |s| and γ = 2 (form="abs"); both divide by n + 1e-6, and the loss is added to
+    cross-entropy with weight 1. s are cosines: ``similarity_scores(x, normalize=True)``.
 
-    With φ(s) = s the sums over pairs are squared lengths of the classes' sums, Σ_{i, j of a class} x_i·x_j = ‖Σ_i x_i‖²:
-    N·D additions and no score, in float64, for the own terms are taken off. |s| takes one sweep.
+    With φ(s) = s the sums over pairs are squared lengths of the classes' sums, Σ_{i, j of a class} x_i·x_j = ‖Σ_i
+    x_i‖²: N·D additions and no score, in float64, for the own terms are taken off. |s| takes one sweep.
 
         scores: of x with itself, or a matrix (N, N). label: (N,) integers. gamma: γ ≥ 0, may be a tensor.
 

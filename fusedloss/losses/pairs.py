@@ -62,7 +62,7 @@ def labels(name: str, scores: Scores, kind: str, rows: Tensor, columns: Tensor |
 
 
 def checked_columns(name: str, scores: Scores, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns of any shape, checked as targets are, −1 for none (−100), and what to multiply losses with (see targets)."""
+    """Columns of any shape, checked as targets are, −1 for none (−100); and what to multiply losses with."""
     expect(integral(target), name, "target", "an integer tensor of columns", target.dtype, TypeError)
     safe, keep, valid = torch.ops.fusedloss.checked_target(target, scores.columns, -100, name)
     return torch.where(keep, safe, -1), valid

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..checks import check_number, expect
+from ..checks import check_constant, expect
 from ..dense import dense_scores
 from ..numerics import nll
 from ..plan import spans
@@ -25,14 +25,14 @@ def soft_info_nce_loss(
 ) -> Tensor:
     """Soft-InfoNCE: L = mean_i(log(e^{z_ii} + Σ_{j≠i} w_ij e^{z_ij}) − z_ii).
 
-    w = max(0.1, (β − α π) / (β − α / (M − 1))), π the softmax over j ≠ i of the teacher's scores. Haochen Li, Xin Zhou, Luu Anh Tuan and Chunyan Miao,
-    "Rethinking Negative Pairs in Code Search", EMNLP 2023, arXiv 2310.08069; z are raw dot products there. The official
-    code adds 1e-15 inside the logarithm, which caps the loss at 34.5; left out here.
+    w = max(0.1, (β − α π) / (β − α / (M − 1))), π the softmax over j ≠ i of the teacher's scores. Haochen Li, Xin
+    Zhou, Luu Anh Tuan and Chunyan Miao, "Rethinking Negative Pairs in Code Search", EMNLP 2023, arXiv 2310.08069; z
+    are raw dot products there. The official code adds 1e-15 inside the logarithm, which caps the loss at 34.5; left
+    out here.
 
     The maximum with 0.1 needs π, hence all of a row, before a weight is known: it is no statistic. The loss walks
     chunks of rows in plain PyTorch instead, and computes each again in the backward pass: six products of N × M, two of
-    them the teacher's, on no compiled backend, and chunk · M scores of memory. Without the maximum the sums would
-    separate, and one pass would do.
+    them the teacher's, on no compiled backend, and chunk · M scores of memory.
 
         scores: `similarity_scores(x, y, …)` or a matrix, N × M, N ≤ M: x_i and y_i are a pair.
         teacher: the teacher's scores, divided by its temperature t: `similarity_scores(u, v, scale=1 / t)` or a
@@ -42,8 +42,8 @@ def soft_info_nce_loss(
     Returns a float32 mean (float64 for float64 scores), 0 for no rows. Raises ValueError or TypeError.
     """
     name = "soft_info_nce_loss"
-    check_number(name, "alpha", alpha, 0)
-    check_number(name, "least", least, 0, above=True)
+    check_constant(name, "alpha", alpha, 0)
+    check_constant(name, "least", least, 0, above=True)
     scores = pair_scores(name, scores)
     teacher = pair_scores(name, teacher, "teacher")
     shape, theirs = (scores.rows, scores.columns), (teacher.rows, teacher.columns)
@@ -52,7 +52,7 @@ def soft_info_nce_loss(
     one = type(scores) is Scores and type(teacher) is Scores
     expect(one, name, "scores", "scores of one process", type(scores).__name__)
     others = max(0, shape[1] - 1) or inf  # without negatives nothing depends on it
-    check_number(name, "beta", beta, alpha / others, above=True)
+    check_constant(name, "beta", beta, alpha / others, above=True)
     budget = scores.walk.memory_budget or CHUNK_BYTES
     rows = max(1, budget // (max(1, shape[1]) * scores.dtype.itemsize))
     own = scores.diagonal()
