@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 
 import fusedloss
-from fusedloss.losses import LOSSES, function_of, hyperparameters, name_of
+from fusedloss.losses import LOSSES, PAIR_LOSSES, function_of, hyperparameters, name_of, pair_arguments
 
 README = Path(__file__).parent.parent / "README.md"
 LOSSES_PAGE = Path(__file__).parent / "losses.md"
@@ -27,6 +27,18 @@ is one streaming read of the scores; what it gathers is what the loss depends on
 |---|---|---|---|---|---|
 """
 
+PAIR_HEAD = """
+## Pairs of embeddings
+
+Of similarities z = scale · x·y + bias: `fusedloss.similarity_scores(x, y, …)`, or a dense matrix of them. "pair": x_i
+and y_i belong together, N ≤ M; "self": x with itself, of whose symmetric scores half are computed; "classes": x with
+one vector per class. No pass: the loss needs no statistic of the scores, or walks them in plain PyTorch (then its
+docstring says so).
+
+| loss | of | formula | arguments | gathers | passes | papers |
+|---|---|---|---|---|---|---|
+"""
+
 
 def formula(documentation: str) -> str:
     """The first formula of a docstring: from "L =" to the end of its sentence or line."""
@@ -35,38 +47,58 @@ def formula(documentation: str) -> str:
     return text.rstrip(". ").replace("|", "\\|")
 
 
-def options(function) -> str:
-    found = [p for p in list(inspect.signature(function).parameters.values())[2:] if p.name not in COMMON]
+def options(function, first: int = 2) -> str:
+    found = [p for p in list(inspect.signature(function).parameters.values())[first:] if p.name not in COMMON]
     shown = [f"{p.name}" if p.default is p.empty else f"{p.name}={p.default!r}" for p in found]
     return ", ".join(f"`{text}`" for text in shown)
 
 
-def gathered(module) -> list[set[str]]:
-    """The statistics that each pass asks for, watched while the loss runs in its first case."""
+def named(statistic) -> str:
+    across = isinstance(statistic, fusedloss.Columns)
+    return f"{named(statistic.statistic)} of columns" if across else type(statistic).__name__
+
+
+def gathered(call) -> list[set[str]]:
+    """The statistics that each pass of a call asks for."""
     passes = []
     reduce = fusedloss.Scores.reduce
 
     def watched(self, *statistics):
-        passes.append({type(s).__name__ for s in statistics})
+        passes.append({named(s) for s in statistics})
         return reduce(self, *statistics)
 
     with mock.patch.object(fusedloss.Scores, "reduce", watched):
-        function_of(module)(torch.randn(3, 9), torch.tensor([0, 1, 2]), **hyperparameters(module.CASES[0], 9))
+        call()
     return passes
 
 
-def row(module) -> str:
-    function, passes = function_of(module), gathered(module)
+def first_case(module) -> list[set[str]]:
+    function, target = function_of(module), torch.tensor([0, 1, 2])
+    return gathered(lambda: function(torch.randn(3, 9), target, **hyperparameters(module.CASES[0], 9)))
+
+
+def first_pair_case(module) -> list[set[str]]:
+    x, y = (torch.nn.functional.normalize(torch.randn(6, 4), dim=1) for _ in range(2))
+    scores = fusedloss.similarity_scores(x, x if module.SCORES == "self" else y)
+    return gathered(lambda: function_of(module)(scores, **pair_arguments(module.CASES[0], 6, 6)))
+
+
+def papers(documentation: str) -> str:
+    numbers = dict.fromkeys(re.findall(r"\b\d{4}\.\d{4,5}\b", documentation))
+    return ", ".join(f"[{number}](https://arxiv.org/abs/{number})" for number in numbers)
+
+
+def row(module, passes: list[set[str]], *of: str, first: int = 2) -> str:
+    function = function_of(module)
     documentation = inspect.getdoc(function)
-    papers = dict.fromkeys(re.findall(r"\b\d{4}\.\d{4,5}\b", documentation))
-    links = ", ".join(f"[{number}](https://arxiv.org/abs/{number})" for number in papers)
     names = ", ".join(sorted(set().union(*passes)))
-    cells = (f"`{name_of(module)}`", formula(documentation), options(function), names, str(len(passes)), links)
-    return f"| {' | '.join(cells)} |\n"
+    cells = (f"`{name_of(module)}`", *of, formula(documentation), options(function, first))
+    return f"| {' | '.join((*cells, names, str(len(passes)), papers(documentation)))} |\n"
 
 
 def table() -> str:
-    return HEAD + "".join(row(module) for module in LOSSES)
+    pairs = [row(m, first_pair_case(m), m.SCORES, first=1) for m in PAIR_LOSSES]
+    return HEAD + "".join(row(m, first_case(m)) for m in LOSSES) + PAIR_HEAD + "".join(pairs)
 
 
 def readme() -> str:

@@ -332,7 +332,7 @@ def _eager_gradient(text, x, weight, bias, class_scale, class_shift, scale, keep
     if program.linear and weight is not None and spec.walk.schedule == "auto" and not spec.walk.gradient_filter:
         states = [s.identity(stream.rows, x.device) for s in stats]
         coefficients = step(slice(0, stream.rows), states)  # of a linear loss: whatever the states are
-        layout = _recompute_layout(stream, spec.walk, across=True)
+        layout = recompute_layout(stream, spec.walk, across=True)
         gradient_sweep(stream, stats, states, coefficients, into, layout, visit=True)
         step(slice(0, stream.rows), states)
     elif layout.schedule == "eager":
