@@ -43,3 +43,11 @@ def check_number(
         number = isinstance(value, (int, float)) and value - value == 0  # neither infinite nor NaN
         inside = number and (low < value if above else low <= value) and value <= high
         expect(inside, function, argument, f"a number in {bounds}", value, ValueError if number else TypeError)
+
+
+def check_constant(
+    function: str, argument: str, value: object, low: float = -inf, high: float = inf, *, above: bool = False
+) -> None:
+    """A hyperparameter that no gradient flows into: a plain number within the bounds of `check_number`."""
+    expect(not isinstance(value, Tensor), function, argument, "a number", value, TypeError)
+    check_number(function, argument, value, low, high, above=above)
