@@ -7,15 +7,22 @@ from types import ModuleType
 import torch
 
 from . import (
+    auc_loss,
+    bpr_loss,
+    circle_loss,
     comp_sum_loss,
+    cosine_contrastive_loss,
     cross_entropy,
     focal_loss,
     generalized_cross_entropy,
     logit_adjusted_cross_entropy,
+    margin_softmax_loss,
     mean_absolute_error_loss,
+    multi_similarity_loss,
     normalized_cross_entropy,
     number_token_loss,
     one_vs_rest_loss,
+    pairwise_softmax_loss,
     poly_focal_loss,
     poly_loss,
     sigmoid_focal_loss,
@@ -24,6 +31,7 @@ from . import (
     squared_error_loss,
     squentropy,
     taylor_softmax_loss,
+    triplet_loss,
 )
 
 LOSSES: tuple[ModuleType, ...] = (
@@ -44,6 +52,18 @@ LOSSES: tuple[ModuleType, ...] = (
     spherical_z_loss,
     spherical_softmax_loss,
     taylor_softmax_loss,
+)
+
+# Of scores between embeddings: x with y, x with itself, x with class vectors, as each says in SCORES.
+PAIR_LOSSES: tuple[ModuleType, ...] = (
+    multi_similarity_loss,
+    circle_loss,
+    triplet_loss,
+    margin_softmax_loss,
+    cosine_contrastive_loss,
+    pairwise_softmax_loss,
+    bpr_loss,
+    auc_loss,
 )
 
 
