@@ -38,10 +38,10 @@ def circle_loss(
 ) -> Tensor:
     """Circle loss: L = log(1 + Σ_n e^{γ α_n (s_n − m)} · Σ_p e^{−γ α_p (s_p − 1 + m)}).
 
-    α_n = [s_n + m]₊ and α_p = [1 + m − s_p]₊ are constants for the gradient. Yifan Sun, Changmao Cheng, Yuhan Zhang, Chi
-    Zhang, Liang Zheng, Zhongdao Wang and Yichen Wei, "Circle Loss: A Unified Perspective of Pair Similarity Optimization",
-    CVPR 2020, arXiv 2002.10857; its form for pairs, of which there is no code by the authors. Its form for classes is a
-    margin of `margin_softmax_loss`.
+    α_n = [s_n + m]₊ and α_p = [1 + m − s_p]₊ are constants for the gradient. Yifan Sun, Changmao Cheng, Yuhan Zhang,
+    Chi Zhang, Liang Zheng, Zhongdao Wang and Yichen Wei, "Circle Loss: A Unified Perspective of Pair Similarity
+    Optimization", CVPR 2020, arXiv 2002.10857; its form for pairs, of which there is no code by the authors. Its form
+    for classes is a margin of `margin_softmax_loss`.
 
         margin, scale: m, γ; the paper's m = 0.25, γ = 256 for faces, 128 for persons. pytorch-metric-learning has
             m = 0.4, γ = 80.

@@ -54,8 +54,8 @@ def margin_softmax_loss(
             Sun et al., CVPR 2020, arXiv 2002.10857. m = 0.25, scale 256 for faces.
 
         m: None for the value above. scale: s, 64 as in the official codes. norm: (N,), AdaFace's: lengths of x before
-            they were normalised, constants for the gradient; norm_mean, norm_deviation: their running mean and deviation,
-            this batch's entered already (`nn.MarginSoftmaxLoss` keeps them).
+            they were normalised, constants for the gradient; norm_mean, norm_deviation: their running mean and
+            deviation, this batch's entered already (`nn.MarginSoftmaxLoss` keeps them).
     """
     name = "margin_softmax_loss"
     scores = pair_scores(name, scores)

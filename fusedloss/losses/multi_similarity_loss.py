@@ -55,8 +55,8 @@ def multi_similarity_loss(
 
         alpha, beta, base: α, β, λ; β = 50 as in the paper, the official configuration has 40.
         mining: "official": positives with s ≥ 1 − 1e-5 are left out, and a row without a kept positive or a kept
-            negative has loss 0 (and stays in the mean). "pml": neither, as in pytorch-metric-learning's miner. None: all
-            pairs, as there without a miner, and one pass instead of two.
+            negative has loss 0 (and stays in the mean). "pml": neither, as in pytorch-metric-learning's miner. None:
+            all pairs, as there without a miner, and one pass instead of two.
         row_weight: (N,) weights of the rows. reduction: "mean", "sum" or "none".
     """
     name = "multi_similarity_loss"
