@@ -7,31 +7,29 @@ from torch import Tensor
 
 from ..checks import check_constant, expect
 from ..numerics import softplus
+from ..plan import spans
 from ..scores import Scores
 from ..targets import spoilt
 from .pairs import checked_columns, pair_scores, positives
-from .row_chunks import total_over_chunks
+from .row_chunks import again, over_chunks
 
 SCORES = "pair"
 BLOCK = 1 << 18  # differences formed at once
 
 
-def _against_positives(temperature: float):
-    """For `total_over_chunks`: negatives of some rows against the positives of all."""
+def _against(hits: Tensor, temperature: float):
+    """For `over_chunks`: the negatives of some rows against the positives of all, and the number of those negatives."""
 
-    def function(z, target, hits):
+    def block(z, seen, hits):
+        u = (z.unsqueeze(2) - hits.to(z.dtype)) / temperature
+        return softplus(u.masked_fill(~seen.unsqueeze(2), -torch.inf)).sum(dtype=torch.float64)
+
+    def function(z, target):
         seen = z != -torch.inf
         seen = seen.scatter(1, target.clamp(min=0).unsqueeze(1), False) | (seen & (target < 0).unsqueeze(1))
-        total, slope, by_hit = z.new_zeros((), dtype=torch.float64), torch.zeros_like(z), torch.zeros_like(hits)
-        z = torch.where(seen, z, 0.0).unsqueeze(2)
-        step = max(1, BLOCK // max(1, z.numel()))
-        for part in (slice(k, k + step) for k in range(0, len(hits), step)):
-            u = ((z - hits[part].to(z.dtype)) / temperature).masked_fill(~seen.unsqueeze(2), -torch.inf)
-            total += softplus(u).sum(dtype=torch.float64)
-            s = torch.sigmoid(u) / temperature
-            slope += s.sum(2)
-            by_hit[part] = -s.sum((0, 1), dtype=torch.float64)
-        return total, seen.sum(), slope, by_hit
+        z = torch.where(seen, z, 0.0)
+        blocks = [hits[part] for part in spans(len(hits), BLOCK // max(1, z.numel()))] or [hits]
+        return sum([again(block, z, seen, few) for few in blocks]), seen.sum()
 
     return function
 
@@ -43,8 +41,8 @@ def auc_loss(
 
     Sheikholeslami et al., "Optimizing What Matters: AUC-Driven Learning for Robust Neural Retrieval", 2025, arXiv
     2510.00137; no official code found. s_i⁺ is row i's positive, a negative is every other score of every row. Exact: N
-    differences per score, O(N² M) of them in plain PyTorch, a chunk of rows at a time within the memory budget. It can
-    be differentiated once.
+    differences per score, O(N² M) of them in plain PyTorch, block by block within the memory budget, and again in the
+    backward pass.
 
         scores: `similarity_scores(x, y, normalize=True)`, or a matrix (N, M).
         target: (N,) the column of each row's positive; None: the diagonal. −100 for a row that has none: all of its
@@ -62,7 +60,7 @@ def auc_loss(
     expect(target.shape == (scores.rows,), name, "target", f"shape ({scores.rows},)", target)
     columns, valid = checked_columns(name, scores, target)
     hits = torch.where(columns < 0, torch.inf, scores.at(columns.clamp(min=0)))  # +∞ is above all, without a slope
-    total, count = total_over_chunks(scores, _against_positives(temperature), columns, copies=8, shared=hits)
+    total, count = over_chunks(name, scores, _against(hits, temperature), columns, copies=8)
     divisor = (columns >= 0).sum().clamp(min=1) * (count.clamp(min=1) if negatives == "mean" else 1)
     return spoilt((total / divisor).to(scores.dtype), valid)
 

@@ -1,7 +1,7 @@
-"""The walk of losses that no statistic gives: dense scores of a few rows at a time, value and gradient at once.
+"""The walk of losses that no statistic gives: dense scores of a few rows at a time.
 
 Such a loss compares the scores of a row, or of the batch, with each other: more work per score than a pass over them,
-in plain PyTorch. What it keeps is what every loss keeps: a chunk of rows, never the matrix.
+in plain PyTorch. What it holds is what every loss holds: a chunk of rows, which backward computes again.
 """
 
 from __future__ import annotations
@@ -10,60 +10,37 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
+from ..checks import expect
 from ..dense import dense_scores
+from ..plan import spans
 from ..scores import Scores
 
 BUDGET = 64 << 20  # bytes, where the scores come without a memory budget
 
 
-def total_over_chunks(scores: Scores, function: Callable, *rows: Tensor, copies: int, shared: Tensor | None = None):
-    """(total, count) of ``function(z, *rows, shared)`` over chunks of rows, z (n, M) their dense scores.
+def again(function: Callable, *arguments: object):
+    """Call a function that keeps its arguments for backward, and nothing that it makes of them."""
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
-    ``function`` returns total and count, 0-dimensional, and the derivatives of the total in z and in ``shared``, a
-    tensor that all chunks see, or None. ``copies``: how many numbers it holds per score. Differentiable once, in the
-    scores and in ``shared``; the gradients are computed with the value.
+
+def over_chunks(name: str, scores: Scores, function: Callable, *rows: Tensor, copies: int) -> list[Tensor]:
+    """Sums over chunks of rows of what ``function(z, *rows)`` returns, a tuple of numbers; z (n, M) are dense scores.
+
+    ``copies``: how many numbers the function holds per score. Derivatives of any order, in the type of the sums.
     """
-    x, weight, *more = scores.streams()
+    expect(type(scores) is Scores, name, "scores", "scores of one process", type(scores).__name__)
+    x, weight, *vectors, scale = scores.streams()
     weight = x if scores.symmetric else weight  # its gradient too
-    cells = (scores.walk.memory_budget or BUDGET) // (8 * copies)
-    step = max(1, cells // max(1, scores.columns))
-    return _Total.apply(scores, function, rows, step, shared, x, weight, *more)
+    x, weight = (None if t is None else t.to(scores.multiply_dtype).to(scores.dtype) for t in (x, weight))
+    scale = scores.scale if scale is None else scale
 
+    def part(chunk: slice, x, weight, vectors, scale):
+        z = dense_scores(x[chunk], weight, *vectors, scores.softcap, scale, scores.dtype)
+        return function(z, *[r[chunk] for r in rows])
 
-class _Total(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, scores, function, rows, step, shared, *streams):
-        needs = ctx.needs_input_grad[5:]
-        # x and weight as they are multiplied, but in the type of sums: gradients are not rounded chunk by chunk.
-        wide = [t if t is None else t.to(scores.multiply_dtype).to(scores.dtype) for t in streams[:2]]
-        leaves = [None if t is None else t.detach().requires_grad_(n) for t, n in zip((*wide, *streams[2:]), needs)]
-        x, *leaves = leaves
-        weight, *vectors, scale = leaves
-        scale = scores.scale if scale is None else scale
-        dx = torch.zeros_like(x) if needs[0] else None
-        by_shared = None if shared is None else torch.zeros_like(shared)
-        total, count = (torch.zeros((), dtype=torch.float64, device=x.device) for _ in range(2))
-        for start in range(0, len(x), step):
-            part = slice(start, start + step)
-            few = x.detach()[part].requires_grad_(needs[0])
-            with torch.enable_grad():
-                z = dense_scores(few, weight, *vectors, scores.softcap, scale, scores.dtype)
-            part_total, part_count, slope, slope_shared = function(z.detach(), *[r[part] for r in rows], shared)
-            total, count = total + part_total, count + part_count
-            if z.requires_grad:
-                z.backward(slope.to(z.dtype))  # adds to the leaves' gradients
-            if needs[0]:
-                dx[part] = few.grad
-            if shared is not None:
-                by_shared += slope_shared
-        found = [by_shared, dx, *[None if t is None else t.grad for t in leaves]]
-        ctx.gradients = [None if g is None else (g, t.dtype) for g, t in zip(found, (shared, *streams))]
-        ctx.mark_non_differentiable(count)
-        return total, count
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad, _):
-        return None, None, None, None, *[None if g is None else (g[0] * grad).to(g[1]) for g in ctx.gradients]
+    cells = (scores.walk.memory_budget or BUDGET) // (copies * scores.dtype.itemsize)
+    chunks = list(spans(len(x), cells // max(1, scores.columns))) or [slice(0, 0)]
+    parts = [again(part, chunk, x, weight, vectors, scale) for chunk in chunks]
+    return [torch.stack(numbers).sum(0) for numbers in zip(*parts)]

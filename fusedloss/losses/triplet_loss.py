@@ -11,8 +11,8 @@ from ..row_loss import row_loss
 from ..scores import Scores
 from ..statistics import Max, Min
 from .labels import COMMON, all_masks, labelled, relations, same_count, some_labels
-from .row_chunks import total_over_chunks
-from .triplets import distance, triplets
+from .row_chunks import over_chunks
+from .triplets import all_triplets, distance, semihard_triplets
 
 SCORES = "self"
 
@@ -48,7 +48,7 @@ def triplet_loss(
             "all": every (row, positive, negative), the mean over triplets with loss > 0, as in pytorch-metric-learning.
             "semihard": for every (row, positive) the nearest negative that is farther, else the farthest one, as in
             TensorFlow; the mean over those pairs. These two sort each row of the scores, O(N M log M) in plain PyTorch,
-            a chunk of rows at a time within the memory budget, and can be differentiated once.
+            a chunk of rows at a time within the memory budget, once more in the backward pass.
         margin: m; None is the soft margin log(1 + e^{D_p − D_n}), for "hard".
         squared: D² in place of D; FaceNet has it, with m = 0.2.
         row_weight: (N,) weights of the rows. reduction: "mean", "sum" or "none"; both for "hard" only.
@@ -68,8 +68,8 @@ def triplet_loss(
     expect(margin is not None, name, "margin", f"a number with mining={mining!r}", margin)
     expect(row_weight is None, name, "row_weight", f"None with mining={mining!r}", row_weight)
     expect(reduction == "mean", name, "reduction", f"mean with mining={mining!r}", reduction)
-    function = triplets(column_label, margin, squared, mining == "semihard")
-    total, count = total_over_chunks(scores, function, label, own, copies=12)
+    triplets = (all_triplets if mining == "all" else semihard_triplets)(column_label, margin, squared)
+    total, count = over_chunks(name, scores, triplets, label, own, copies=12)
     return (total / count.clamp(min=1)).to(scores.dtype)
 
 
