@@ -28,7 +28,7 @@ def _against(hits: Tensor, temperature: float):
         seen = z != -torch.inf
         seen = seen.scatter(1, target.clamp(min=0).unsqueeze(1), False) | (seen & (target < 0).unsqueeze(1))
         z = torch.where(seen, z, 0.0)
-        blocks = [hits[part] for part in spans(len(hits), BLOCK // max(1, z.numel()))] or [hits]
+        blocks = [hits[part] for part in spans(len(hits), max(1, BLOCK // max(1, z.numel())))] or [hits]
         return sum([again(block, z, seen, few) for few in blocks]), seen.sum()
 
     return function

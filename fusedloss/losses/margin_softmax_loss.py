@@ -82,7 +82,8 @@ def reference(z: Tensor, target, margin="arcface", m=None, scale=64.0, easy_marg
     psi = torch.relu(1 + m - cos).detach() * (cos - 1 + m) if margin == "circle" else cos - m
     if margin == "arcface":
         beyond = cos if easy_margin else cos - m * math.sin(math.pi - m)
-        psi = torch.where(cos > (0 if easy_margin else math.cos(math.pi - m)), torch.cos(torch.acos(cos) + m), beyond)
+        turned = torch.cos(torch.acos(cos.clamp(1e-7 - 1, 1 - 1e-7)) + m)
+        psi = torch.where(cos > (0 if easy_margin else math.cos(math.pi - m)), turned, beyond)
     if margin == "adaface":
         q = (h * (norm.clamp(0.001, 100) - 20) / (100 + 1e-3)).clamp(-1, 1)
         psi = torch.cos((torch.acos(cos.clamp(-0.999, 0.999)) - m * q).clamp(1e-3, math.pi - 1e-3)) - (m + m * q)
@@ -92,9 +93,8 @@ def reference(z: Tensor, target, margin="arcface", m=None, scale=64.0, easy_marg
 CASES = tuple(
     {"target": lambda rows, columns: (3 * torch.arange(rows) + 1) % columns, **options}
     for options in (
-        *({"margin": margin} for margin in ("arcface", "cosface", "circle")),
+        *({"margin": margin} for margin in ("arcface", "cosface", "circle", "none")),
         {"margin": "adaface", "norm": lambda rows, columns: 40.0 * torch.arange(rows)},
         {"margin": "arcface", "easy_margin": True, "m": 1.2},
-        {"margin": "none", "scale": 10.0},
     )
 )

@@ -41,6 +41,6 @@ def over_chunks(name: str, scores: Scores, function: Callable, *rows: Tensor, co
         return function(z, *[r[chunk] for r in rows])
 
     cells = (scores.walk.memory_budget or BUDGET) // (copies * scores.dtype.itemsize)
-    chunks = list(spans(len(x), cells // max(1, scores.columns))) or [slice(0, 0)]
+    chunks = list(spans(len(x), max(1, cells // max(1, scores.columns)))) or [slice(0, 0)]
     parts = [again(part, chunk, x, weight, vectors, scale) for chunk in chunks]
     return [torch.stack(numbers).sum(0) for numbers in zip(*parts)]
