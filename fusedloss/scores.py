@@ -140,7 +140,7 @@ class Scores:
         if self.keep is not None and any(isinstance(s, Columns) for s in statistics):
             raise ValueError("Scores.reduce: statistics: expected no Columns where rows are left out (ignore_index)")
         text = self.spec(tuple([s.static() for s in statistics]))
-        carried = [t.detach() if t.is_floating_point() else t for t in tensors]
+        carried = [t.detach() if t.is_floating_point() and not t.requires_grad else t for t in tensors]
         given = autograd.statistics(text, self.streams(), self.keep, carried)
         rows, across = _Taken(*given[:3]), _Taken(*given[3:])
         shown = [(across if isinstance(s, Columns) else rows).next(s) for s in statistics]
@@ -149,12 +149,12 @@ class Scores:
     def at(self, columns: Tensor) -> Tensor:
         """Scores at given columns (N,) or (N, k), int64: N·k products instead of a pass over N·V. Differentiable."""
         wide, flat = self.dtype, self.streams()[0]
-        picked, k = columns.reshape(-1), columns[0].numel() if len(columns) else 1
+        picked = columns.reshape(-1)
         if self.weight is None:
-            raw = flat.gather(1, columns.reshape(len(flat), k)).to(wide)
+            raw = flat.gather(1, columns.unsqueeze(1) if columns.dim() == 1 else columns).to(wide)
         else:
-            weight = self.weight.index_select(0, picked).to(self.multiply_dtype).to(wide)
-            weight = weight.reshape(len(flat), k, flat.shape[1])
+            weight, k = self.weight.index_select(0, picked), columns[0].numel() if len(columns) else 1
+            weight = weight.to(self.multiply_dtype).to(wide).reshape(len(flat), k, flat.shape[1])
             raw = (flat.to(self.multiply_dtype).to(wide).unsqueeze(1) * weight).sum(-1)
         vectors = [None if v is None else v.index_select(0, picked).reshape(raw.shape) for v in self.streams()[2:5]]
         return Tile(raw, 0, *vectors, self.softcap, self.scale).scores().reshape(columns.shape).double()

@@ -18,6 +18,7 @@ from fusedloss.statistics import (
     Expectation,
     Extreme,
     LogSumExp,
+    LogSumExpOf,
     Max,
     Min,
     Moments,
@@ -473,3 +474,15 @@ def test_thresholds_are_for_the_score_itself(backend, factor):
     torch.testing.assert_close(got, truth)
     ours, theirs = (torch.autograd.grad(v.sum(), (x, w)) for v in (got, truth))
     torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("of", [SumOf("focal", parameter=2.0), LogSumExpOf("log_tanh", factor=0.7, weight=3.0)])
+def test_second_derivatives_through_a_row_parameter(of):
+    z, shift = torch.randn(3, 6, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+    at = torch.tensor([1, 0, 5])
+
+    def loss(z, shift):
+        hit = logits_scores(z).at(at) + shift
+        return logits_scores(z).reduce(replace(of, row=hit, where=Rest(at))) * hit.sin()
+
+    assert torch.autograd.gradgradcheck(loss, (z.requires_grad_(), shift.requires_grad_()))

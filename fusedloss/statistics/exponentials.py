@@ -52,7 +52,7 @@ class LogSumExp(Statistic):
         if z.shape[1] == 0:
             return self.identity(z.shape[0], z.device)
         z = self.visible(z, first)
-        z = torch.where(z == -torch.inf, z, self.factor * z)  # afterwards: thresholds are for the score itself
+        z = torch.where(z == -torch.inf, z, self.factor * z)
         m = z.detach().amax(-1)
         total = summed(torch.exp(z - _finite_shift(m).unsqueeze(-1)))
         return torch.stack([torch.where(m == -torch.inf, m, _finite_shift(m)).double(), total], 1)
