@@ -110,7 +110,8 @@ def row_loss(function: Callable) -> Callable:
     parameters = list(inspect.signature(function).parameters.values())
     per_row = [p.name for p in parameters[1:] if p.kind is not p.KEYWORD_ONLY]
     # An underscore marks the inner half of a loss that prepares its arguments first; its errors name the public half.
-    name, key = function.__name__.lstrip("_"), register(function).key
+    # Of several inner halves, what follows two more underscores tells which.
+    name, key = function.__name__.lstrip("_").partition("__")[0], register(function).key
     defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
 
     @functools.wraps(function)

@@ -24,13 +24,13 @@ def _finished(lse: Tensor, include_positive: bool) -> Tensor:
 
 
 @row_loss
-def _softmax_loss(scores, target, *, temperature, include_positive):
+def _pairwise_softmax_loss__of_exponentials(scores, target, *, temperature, include_positive):
     lse, hit = scores.reduce(LogSumExp(1 / temperature, Rest(target)), Score(target))
     return _finished(lse - hit / temperature, include_positive)
 
 
 @row_loss
-def _surrogate_loss(scores, target, hit, *, form, temperature, include_positive):
+def _pairwise_softmax_loss__of_surrogates(scores, target, hit, *, form, temperature, include_positive):
     lse = scores.reduce(LogSumExpOf(f"log_{form}", weight=1 / temperature, row=hit, where=Rest(target)))
     return _finished(lse, include_positive)
 
@@ -67,8 +67,10 @@ def pairwise_softmax_loss(
     options = dict(temperature=temperature, include_positive=include_positive)
     common = dict(row_weight=row_weight, ignore_index=ignore_index, reduction=reduction)
     if form == "sl":
-        return _softmax_loss(scores, target, **options, **common)
-    return _surrogate_loss(scores, target, positive_scores(scores, target), form=form, **options, **common)
+        return _pairwise_softmax_loss__of_exponentials(scores, target, **options, **common)
+    return _pairwise_softmax_loss__of_surrogates(
+        scores, target, positive_scores(scores, target), form=form, **options, **common
+    )
 
 
 pairwise_softmax_loss.__doc__ += COMMON
