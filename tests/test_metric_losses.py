@@ -1,4 +1,4 @@
-"""Metric, margin and recommender losses where a formula has an edge: nothing to compare with, ties, cosines of ±1, errors."""
+"""Metric, margin and recommender losses where a formula has an edge: nothing to compare with, ties, cosines of ±1."""
 
 import math
 import re
@@ -392,6 +392,26 @@ def test_what_autograd_keeps_does_not_grow_with_the_square_of_the_batch(loss):
         value = loss(x, memory_budget=200 * 400)
     assert max(kept) <= 200 * 8
     torch.testing.assert_close(value, loss(x))
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("name", ["triplet_loss", "auc_loss", "bpr_loss", "multi_similarity_loss"])
+def test_compiled(name):
+    """Mining in two passes, rows sorted chunk by chunk, a row parameter from the scores: all in one graph."""
+    torch._dynamo.reset()
+    x, y, label = *(torch.randn(n, 4, requires_grad=True) for n in (12, 15)), torch.arange(12) % 4
+
+    def loss(x, y):
+        if name == "triplet_loss":
+            return sum(fl.triplet_loss(itself(x), label, mining=m) for m in ("hard", "all", "semihard"))
+        if name in LABELLED:
+            return getattr(fl, name)(itself(x), label)
+        return getattr(fl, name)(fl.similarity_scores(x, y, normalize=True))
+
+    values = [f(x, y) for f in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager"))]
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(*[torch.autograd.grad(v, (x, y), allow_unused=True) for v in values])
+    torch._dynamo.reset()
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
