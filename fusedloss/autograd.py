@@ -55,10 +55,12 @@ def _scaled(gradient: Tensor, factor: Tensor, like: Tensor, in_place: bool) -> T
 
 class _Statistics(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, text, keep, carried, *streams):
+    def forward(ctx, text, keep, carried, *streams_and_rows):
+        streams, rows = streams_and_rows[:STREAMS], streams_and_rows[STREAMS:]
         values, columns, states, *across = _op.statistics(text, *streams, keep, carried)
-        ctx.text, ctx.keep, ctx.carried = text, keep, carried
-        ctx.save_for_backward(*streams, states, across[2])
+        ctx.text, ctx.keep, ctx.live = text, keep, [t.requires_grad for t in carried]
+        ctx.carried = [t.detach() for t in carried]
+        ctx.save_for_backward(*streams, states, across[2], *rows)
         ctx.mark_non_differentiable(columns, states, *across[1:])
         ctx.set_materialize_grads(False)
         return values, columns, states, *across
@@ -66,17 +68,17 @@ class _Statistics(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _columns, _states, grad_across, *_):
         none = (None, None, None)
-        *streams, states, states_across = ctx.saved_tensors
+        streams, (states, states_across, *rows) = ctx.saved_tensors[:STREAMS], ctx.saved_tensors[STREAMS:]
         both = _both_gradients(ctx.text, ctx.carried, grad, grad_across, states, states_across)
         if both is None:
-            return *none, *([None] * STREAMS)
-        needs = list(ctx.needs_input_grad[len(none) :])
+            return *none, *([None] * (STREAMS + len(rows)))
+        needs = list(ctx.needs_input_grad[len(none) : len(none) + STREAMS])
         if torch.is_grad_enabled():
-            return *none, *_dense_statistics_gradient(ctx, streams, *both, needs)
+            return *none, *_dense_statistics_gradient(ctx, streams, rows, *both, needs)
         found = _op.statistics_backward(
             ctx.text, *streams, ctx.keep, ctx.carried, states, both[0], states_across, both[1], needs
         )
-        return *none, *[g if n else None for g, n in zip(found, needs)]
+        return *none, *[g if n else None for g, n in zip(found, needs)], *([None] * len(rows))
 
 
 def _both_gradients(text, carried, grad, grad_across, states, states_across) -> tuple[Tensor, Tensor] | None:
@@ -90,16 +92,22 @@ def _both_gradients(text, carried, grad, grad_across, states, states_across) -> 
     )
 
 
-def _dense_statistics_gradient(ctx, streams, grad, grad_across, needs) -> list[Tensor | None]:
+def _dense_statistics_gradient(ctx, streams, rows, grad, grad_across, needs) -> list[Tensor | None]:
     spec = decode(ctx.text)
     scores = _dense(spec, streams)
     if ctx.keep is not None:
         grad = torch.where(ctx.keep.unsqueeze(1), grad, 0.0)
-    stats, across = split(ops.skeletons(spec, ctx.carried))
+    row = iter(rows)
+    carried = [next(row) if live else t for t, live in zip(ctx.carried, ctx.live)]
+    stats, across = split(ops.skeletons(spec, carried))
     found = [(s.value(s.of(scores.z, 0)), g) for s, g in _zipped(stats, grad)]
     found += [(s.value(s.of(scores.z.t(), 0)), g) for s, g in _zipped(across, grad_across)]
     found = [(v.double(), g.double()) for v, g in found if v.requires_grad]  # a count has no gradient
-    return _gradients([v for v, _ in found], streams, [g for _, g in found], needs)
+    values, upstream = [v for v, _ in found], [g for _, g in found]
+    # The gradient of a row parameter is `reduce`'s business, but there its slope is a constant: add nothing but the
+    # slope's own derivatives.
+    slopes = _gradients(values, rows, [g.detach() for g in upstream], [True] * len(rows)) if rows else []
+    return [*_gradients(values, streams, upstream, needs), *[None if g is None else g - g.detach() for g in slopes]]
 
 
 def _zipped(stats, grad: Tensor):
@@ -140,7 +148,7 @@ def statistics(text: str, streams: Sequence[Tensor | None], keep: Tensor | None,
     in the streams."""
     if torch.compiler.is_compiling():
         return _op.statistics(text, *streams, keep, carried)
-    return _Statistics.apply(text, keep, carried, *streams)
+    return _Statistics.apply(text, keep, carried, *streams, *[t for t in carried if t.requires_grad])
 
 
 # --- weighted total of row losses ------------------------------------------------------------------------------------

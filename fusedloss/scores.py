@@ -155,7 +155,11 @@ class Scores:
 
     def reduced(self, statistics: Sequence[Statistic]) -> tuple[Tensor, ...]:
         """What `reduce` shows, still in matrices: values, columns found and states of rows, then of columns."""
-        carried = [t.detach() if t.is_floating_point() else t for s in statistics for _, _, t in s.tensors()]
+        carried = [
+            t.detach() if t.is_floating_point() and not t.requires_grad else t
+            for s in statistics
+            for _, _, t in s.tensors()
+        ]
         text = self.spec(tuple([s.static() for s in statistics]))
         return autograd.statistics(text, self.streams(), self.keep, carried)
 
@@ -164,7 +168,7 @@ class Scores:
         wide, flat = self.dtype, self.streams()[0]
         picked = columns.reshape(-1)
         if self.weight is None:
-            raw = flat.gather(1, columns.reshape(len(flat), -1)).to(wide)
+            raw = flat.gather(1, columns.unsqueeze(1) if columns.dim() == 1 else columns).to(wide)
         else:
             weight, k = self.weight.index_select(0, picked), columns[0].numel() if len(columns) else 1
             weight = weight.to(self.multiply_dtype).to(wide).reshape(len(flat), k, flat.shape[1])

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from conftest import BY_NAME
 
 from fusedloss.backends.tile import Sums, Tile
-from fusedloss.relation import Rest
+from fusedloss.relation import Rest, Where
 from fusedloss.scores import linear_scores, logits_scores
 from fusedloss.statistics import (
     FUNCTIONS,
@@ -18,6 +18,7 @@ from fusedloss.statistics import (
     Expectation,
     Extreme,
     LogSumExp,
+    LogSumExpOf,
     Max,
     Min,
     Moments,
@@ -460,3 +461,28 @@ def test_second_derivatives_survive_masked_classes(name):
     (first,) = torch.autograd.grad(value[1:].sin().sum(), z, create_graph=True)
     (second,) = torch.autograd.grad((first * first.detach().cos()).sum(), z)
     assert first.isfinite().all() and second.isfinite().all()
+
+
+@pytest.mark.parametrize("factor", [1.0, -2.0, 40.0])
+def test_thresholds_are_for_the_score_itself(backend, factor):
+    """Not for factor · score."""
+    x, w = (torch.randn(n, 4, dtype=torch.float64, requires_grad=True) for n in (ROWS, CLASSES))
+    low, high = torch.full((ROWS,), -0.4), torch.full((ROWS,), 0.6)
+    got = linear_scores(x, w, memory_budget=500).reduce(LogSumExp(factor, Where(above=low, below=high)))
+    z = x @ w.t()
+    truth = torch.where((z > low[:, None]) & (z < high[:, None]), factor * z, -INF).logsumexp(1)
+    torch.testing.assert_close(got, truth)
+    ours, theirs = (torch.autograd.grad(v.sum(), (x, w)) for v in (got, truth))
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("of", [SumOf("focal", parameter=2.0), LogSumExpOf("log_tanh", factor=0.7, weight=3.0)])
+def test_second_derivatives_through_a_row_parameter(of):
+    z, shift = torch.randn(3, 6, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+    at = torch.tensor([1, 0, 5])
+
+    def loss(z, shift):
+        hit = logits_scores(z).at(at) + shift
+        return logits_scores(z).reduce(replace(of, row=hit, where=Rest(at))) * hit.sin()
+
+    assert torch.autograd.gradgradcheck(loss, (z.requires_grad_(), shift.requires_grad_()))

@@ -7,21 +7,28 @@ from types import ModuleType
 import torch
 
 from . import (
+    auc_loss,
     bixse_loss,
+    bpr_loss,
+    circle_loss,
     clip_loss,
     comp_sum_loss,
+    cosine_contrastive_loss,
     cross_entropy,
     cwcl_loss,
     focal_loss,
     generalized_cross_entropy,
     info_nce_loss,
     logit_adjusted_cross_entropy,
+    margin_softmax_loss,
     mean_absolute_error_loss,
+    multi_similarity_loss,
     normalized_cross_entropy,
     nt_xent_loss,
     number_token_loss,
     one_vs_rest_loss,
     orthogonal_projection_loss,
+    pairwise_softmax_loss,
     poly_focal_loss,
     poly_loss,
     sigmoid_focal_loss,
@@ -33,6 +40,7 @@ from . import (
     squentropy,
     supcon_loss,
     taylor_softmax_loss,
+    triplet_loss,
 )
 
 # Of scores and classes.
@@ -68,6 +76,14 @@ PAIR_LOSSES: tuple[ModuleType, ...] = (
     soft_info_nce_loss,
     cwcl_loss,
     orthogonal_projection_loss,
+    multi_similarity_loss,
+    circle_loss,
+    triplet_loss,
+    margin_softmax_loss,
+    cosine_contrastive_loss,
+    pairwise_softmax_loss,
+    bpr_loss,
+    auc_loss,
 )
 
 

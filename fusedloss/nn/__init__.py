@@ -2,6 +2,11 @@
 
 loss = fusedloss.nn.FocalLoss(gamma=1.5)
 loss(fusedloss.linear_scores(x, w), target)
+
+Those between embeddings make their scores themselves, and keep what is learned with them: scale, bias, class vectors.
+
+loss = fusedloss.nn.TripletLoss(margin=0.1)
+loss(x, label)
 """
 
 from ..losses.comp_sum_loss import comp_sum_loss
@@ -23,6 +28,16 @@ from ..losses.squentropy import squentropy
 from ..losses.taylor_softmax_loss import taylor_softmax_loss
 from .linear_cross_entropy import LinearCrossEntropyLoss
 from .loss import Loss
+from .pair import (
+    AUCLoss,
+    BPRLoss,
+    CircleLoss,
+    CosineContrastiveLoss,
+    MarginSoftmaxLoss,
+    MultiSimilarityLoss,
+    PairwiseSoftmaxLoss,
+    TripletLoss,
+)
 
 
 class CompSumLoss(Loss, of=comp_sum_loss):

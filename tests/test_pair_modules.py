@@ -1,0 +1,164 @@
+"""Modules of the losses between embeddings: the function's numbers, what is learned, saved and pickled."""
+
+import inspect
+import io
+import pickle
+
+import pytest
+import torch
+
+import fusedloss as fl
+from fusedloss.losses import PAIR_LOSSES, function_of, name_of
+from fusedloss.nn.pair import OF_BATCH, LabelLoss, PairLoss
+
+ROWS, WIDTH, COLUMNS = 12, 5, 15
+
+
+def every(kind):
+    """All modules of this kind, however deep."""
+    return [c for sub in kind.__subclasses__() for c in ([sub] if hasattr(sub, "function") else []) + every(sub)]
+
+
+MODULES = {c.function.__name__: c for c in dict.fromkeys(every(PairLoss))}
+CASES = [
+    pytest.param(MODULES[name_of(m)], m, case, id=f"{name_of(m)}-{i}")
+    for m in PAIR_LOSSES
+    for i, case in enumerate(m.CASES)
+    if m.SCORES != "classes"
+]
+
+
+def test_every_loss_has_a_module():
+    assert set(MODULES) == {name_of(m) for m in PAIR_LOSSES}
+    for name, module in MODULES.items():
+        assert getattr(fl.nn, module.__name__) is module and module.__name__.lower() == name.replace("_", "")
+        assert inspect.getdoc(getattr(fl, name)) in module.__doc__
+
+
+def apart(case, rows, columns):
+    """Options of the constructor, and what belongs to the batch."""
+    made = {k: v(rows, columns) if callable(v) else v for k, v in case.items()}
+    return [{k: v for k, v in made.items() if (k in OF_BATCH) is batch} for batch in (False, True)]
+
+
+def saved_and_loaded(module):
+    file = io.BytesIO()
+    torch.save(module.state_dict(), file)
+    file.seek(0)
+    return torch.load(file)
+
+
+@pytest.mark.parametrize("module, loss, case", CASES)
+def test_the_function_in_a_module(module, loss, case):
+    columns = ROWS if issubclass(module, LabelLoss) else COLUMNS
+    options, of_batch = apart(case, ROWS, columns)
+    made = pickle.loads(pickle.dumps(module(**options, schedule="recompute")))
+    made.load_state_dict(saved_and_loaded(made))
+    x, y = (torch.randn(n, WIDTH, requires_grad=True) for n in (ROWS, COLUMNS))
+    scale, cosines = (module.__signature__.parameters[n].default for n in ("score_scale", "normalize"))
+    given = (x, of_batch.pop("label")) if issubclass(module, LabelLoss) else (x, y)
+    got = made(*given, **of_batch)
+    scores = fl.similarity_scores(x, None if given[1] is not y else y, scale=scale, normalize=cosines)
+    truth = function_of(loss)(scores, *given[1:] if given[1] is not y else (), **options, **of_batch)
+    assert torch.equal(got, truth)
+    (ours,), (theirs,) = (torch.autograd.grad(v, [x]) for v in (got, truth))
+    torch.testing.assert_close(ours, theirs)
+    assert repr(made).startswith(module.__name__ + "(") and "schedule='recompute'" in repr(made)
+    defaults = {n: p.default for n, p in module.__signature__.parameters.items()}
+    assert all(f"{name}=" in repr(made) for name, value in options.items() if value != defaults[name])
+
+
+def test_the_scores_are_the_users_choice():
+    x, y = torch.randn(4, 3), torch.randn(6, 3)
+    plain = fl.nn.AUCLoss(temperature=0.5, normalize=False, score_scale=0.3)(x, y)
+    assert torch.equal(plain, fl.auc_loss(fl.similarity_scores(x, y, scale=0.3), temperature=0.5))
+    assert fl.nn.TripletLoss(memory_budget=1000).scores(x).walk.memory_budget == 1000
+
+
+def test_more_columns_than_rows():
+    x, more, label = torch.randn(6, 3), torch.randn(4, 3), torch.arange(10) % 3
+    y = torch.cat([x, more])
+    got = fl.nn.CircleLoss(margin=0.4)(x, label[:6], y, column_label=label)
+    scores = fl.similarity_scores(x, y, normalize=True)
+    assert torch.equal(got, fl.circle_loss(scores, label[:6], column_label=label, margin=0.4))
+
+
+def test_unknown_arguments():
+    with pytest.raises(TypeError, match="TripletLoss: .*gamma"):
+        fl.nn.TripletLoss(gamma=1)
+    with pytest.raises(TypeError, match="norm_mean"):
+        fl.nn.MarginSoftmaxLoss(3, 2, norm_mean=0.0)
+    with pytest.raises(TypeError, match="taregt"):
+        fl.nn.BPRLoss()(torch.randn(2, 3), torch.randn(2, 3), taregt=torch.arange(2))
+
+
+# --- class vectors and AdaFace's running statistics -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("margin", ["none", "cosface", "arcface", "circle"])
+def test_margin_softmax(margin):
+    counts = torch.rand(7)
+    made = fl.nn.MarginSoftmaxLoss(7, WIDTH, margin=margin, scale=20.0, class_weight=counts)
+    other = fl.nn.MarginSoftmaxLoss(7, WIDTH, margin=margin, scale=20.0, class_weight=torch.ones(7))
+    other.load_state_dict(saved_and_loaded(made))
+    other = pickle.loads(pickle.dumps(other))
+    x, target, row_weight = torch.randn(ROWS, WIDTH), torch.randint(0, 7, (ROWS,)), torch.rand(ROWS)
+    scores = fl.similarity_scores(x, made.weight, normalize=True)
+    options = dict(margin=margin, scale=20.0, weight=counts, row_weight=row_weight)
+    truth = fl.margin_softmax_loss(scores, target, **options)
+    assert made.weight.shape == (7, WIDTH) and set(made.state_dict()) == {"weight", "class_weight"}
+    for m in (made, other):
+        got = m(x, target, row_weight=row_weight)
+        assert torch.equal(got, truth)
+        got.backward()
+        torch.testing.assert_close(m.weight.grad, torch.autograd.grad(truth, made.weight, retain_graph=True)[0])
+    assert repr(made).startswith("MarginSoftmaxLoss(7, 5, ")
+
+
+def test_adaface_keeps_running_lengths():
+    made = fl.nn.MarginSoftmaxLoss(4, WIDTH, margin="adaface", momentum=0.1)
+    x, target = 30 * torch.rand(ROWS, WIDTH), torch.arange(ROWS) % 4
+    norm = x.norm(dim=1)
+    mean, deviation = 0.9 * 20 + 0.1 * norm.mean(), 0.9 * 100 + 0.1 * norm.std()
+    truth = fl.margin_softmax_loss(
+        fl.similarity_scores(x, made.weight, normalize=True),
+        target,
+        margin="adaface",
+        norm=norm,
+        norm_mean=mean,
+        norm_deviation=deviation,
+    )
+    torch.testing.assert_close(made(x, target), truth)  # this batch's lengths are in before they are used
+    torch.testing.assert_close((made.norm_mean, made.norm_deviation), (mean, deviation))
+    saved = {k: v.clone() for k, v in made.state_dict().items()}
+    assert set(saved) == {"weight", "norm_mean", "norm_deviation"}
+    torch.testing.assert_close(made.eval()(x, target), truth)
+    assert all(torch.equal(saved[k], v) for k, v in made.state_dict().items()), "no update outside of training"
+    new = fl.nn.MarginSoftmaxLoss(4, WIDTH, margin="adaface").eval()
+    new.load_state_dict(saved)
+    torch.testing.assert_close(new(x, target), truth)
+
+
+def test_adaface_with_a_batch_of_one_and_of_none():
+    made = fl.nn.MarginSoftmaxLoss(4, WIDTH, margin="adaface", momentum=0.5)
+    loss = made(torch.full((1, WIDTH), 10.0), torch.tensor([2]))
+    assert loss.isfinite() and made.norm_deviation == 100  # of one number there is no deviation
+    torch.testing.assert_close(made.norm_mean, torch.tensor((20 + 10 * WIDTH**0.5) / 2))
+    before = made.norm_mean.clone()
+    assert made(torch.zeros(0, WIDTH), torch.zeros(0, dtype=torch.int64)) == 0 and made.norm_mean == before
+
+
+def test_adaface_twice_before_backward():
+    """The second batch's update does not spoil the first one's gradient."""
+    made = fl.nn.MarginSoftmaxLoss(4, WIDTH, margin="adaface", schedule="recompute")
+    x, target = torch.randn(2, ROWS, WIDTH), torch.arange(ROWS) % 4
+    sum(made(part, target, row_weight=torch.ones(ROWS, requires_grad=True)) for part in x).backward()
+    assert made.weight.grad.isfinite().all()
+
+
+def test_half_precision_embeddings():
+    made = fl.nn.MarginSoftmaxLoss(4, WIDTH, margin="adaface", dtype=torch.bfloat16)
+    x = torch.randn(ROWS, WIDTH, dtype=torch.bfloat16, requires_grad=True)
+    loss = made(x, torch.arange(ROWS) % 4)
+    loss.backward()
+    assert loss.dtype == torch.float32 and x.grad.isfinite().all() and made.norm_mean.dtype == torch.float32
