@@ -82,7 +82,7 @@ def linear_statistics(x, x_stride, weight, weight_stride, rows, columns, depth, 
             column = start_column + tl.arange(0, BN // 2)
             inside = column < end
             a = tl.where(inside[None, :], halves[half], -float("inf"))
-            z, _, _ = scores_of(a, vectors, softcap, scale, column, inside, HOW)
+            z, _, _ = scores_of(a, vectors, softcap, scale, row, there, column, inside, HOW)
             for k in tl.static_range(len(SPECS)):
                 if SPECS[k][KIND] == SCORE:
                     pick_from_block(z, row, there, column, start_column, first, arguments[k], tl.constexpr(SPECS[k]),

@@ -15,7 +15,7 @@ from ..kernels import gradient as gradient_kernels
 from ..kernels import matmul as matmul_kernels
 from ..kernels import statistics as statistics_kernels
 from ..kernels import words as W
-from .tile import Exponentials, Sums, Tile
+from .tile import Across, Exponentials, Sums, Tile
 from .triton import LINEAR_KEPT_COLUMNS, interpreted
 from .triton_arguments import describe_all, way_of
 
@@ -28,6 +28,8 @@ LIGHT = (S.LogSumExp, S.Score, S.Sum, S.Count)  # statistics whose arithmetic le
 MOST_PICKED = 8  # columns of a Score that are looked for in each such block
 PROGRAMS = 1024  # enough to fill a GPU: below it, columns are split over programs too
 GROUPS = 256  # groups of rows that sums over rows are first taken of: a row of fp32 scratch for each
+ACROSS_ROWS = 16  # rows at a time, at least, where numbers of columns are looked at: they are loaded for all of these once
+TRANSPOSED_ROWS = 32  # columns in memory side by side, so that a load reads whole sectors
 PREPARED_ROWS = 128  # rows to a program of the kernels that look at states alone
 
 
@@ -73,15 +75,17 @@ class Shape:
     part_columns: int
 
 
-def shape_of(rows: int, columns: int, step: int, scores: int, whole_rows: bool = False, groups: int = 0) -> Shape:
+def shape_of(
+    rows: int, columns: int, step: int, scores: int, whole_rows: bool = False, groups: int = 0, least_rows: int = 1
+) -> Shape:
     """`step`: columns that belong together; `scores`: most in registers of one program; `whole_rows`: one program walks
-    all columns; `groups`: of rows, if given."""
+    all columns; `groups`: of rows, if given; `least_rows`: of a block."""
     step = max(1, min(columns, step))
     if step > MOST_KEPT:
         raise ValueError(f"fusedloss: triton: {step} columns to one shift of exponentials; at most {MOST_KEPT}")
     block = max(SMALLEST, triton.next_power_of_2(step))
     # Few rows are spread over programs rather than put side by side in one.
-    r = min(max(1, scores // block), 16, triton.next_power_of_2(max(1, rows // PROGRAMS)))
+    r = max(least_rows, min(max(1, scores // block), 16, triton.next_power_of_2(max(1, rows // PROGRAMS))))
     steps = -(-max(1, columns) // step)
     wanted = -(-PROGRAMS // max(1, groups or -(-rows // r)))
     per_part = steps if whole_rows else -(-steps // min(steps, max(1, wanted)))
@@ -100,24 +104,32 @@ def statistics(tile: Tile, stats: Sequence[S.Statistic], states: Sequence[Tensor
     run(statistics_launches(tile, stats, states, keep), tile.data.device)
 
 
-def statistics_launches(tile, stats, states, keep=None) -> Iterator[Launch]:
+def column_statistics(tile: Tile, stats: Sequence[S.Statistic], states: Sequence[Tensor]) -> None:
+    run(statistics_launches(tile, stats, states, transposed=True), tile.data.device)
+
+
+def statistics_launches(tile, stats, states, keep=None, transposed: bool = False) -> Iterator[Launch]:
     data = tile.data
     rows, columns = data.shape
     if rows == 0 or columns == 0 or not stats:
         return
     assert data.stride(1) == 1 or columns == 1
+    first = tile.first
+    if transposed:
+        rows, columns, first = columns, rows, tile.first_row
     specs, arguments = describe_all(stats, states)
-    way, how = way_of(tile, data)
+    way, how = way_of(tile, data, transposed)
     kept = -1 if keep is None else [isinstance(s, S.LogSumExp) and s.factor == 1.0 for s in stats].index(True)
     whole = any(isinstance(s, S.Extreme) for s in stats) or (keep is not None and overlap(keep.data, data))
-    shape = shape_of(rows, columns, BLOCK if keep is None else keep.block, BLOCK, whole)
+    least = TRANSPOSED_ROWS if transposed else 1
+    shape = shape_of(rows, columns, BLOCK // least if keep is None else keep.block, BLOCK, whole, least_rows=least)
     split = shape.parts > 1
     partial = _partial(stats, states, shape.parts, rows)
     yield Launch(
         statistics_kernels.statistics,
         (triton.cdiv(rows, shape.r), shape.parts),
         dict(
-            **dict(data=data, stride=data.stride(0), rows=rows, columns=columns, first=tile.first, **way),
+            **dict(data=data, stride=data.stride(0), rows=rows, columns=columns, first=first, **way),
             **dict(arguments=arguments, partial=partial),
             **_kept(keep, data),
             **dict(step=shape.step, part_columns=shape.part_columns),
@@ -248,17 +260,21 @@ class _ColumnSums:
                 total.add_(part.sum(0))
 
 
-def gradient(tile: Tile, out: Tensor, stats, states, coefficients, sums: Sums) -> None:
+def gradient(
+    tile: Tile, out: Tensor, stats, states, coefficients, sums: Sums, across: Across | None = None
+) -> None:
     data = tile.data
     rows, columns = data.shape
     if rows == 0 or columns == 0:
         return
     column_sums = _ColumnSums(sums, rows, columns, data.device)
-    run(gradient_launches(tile, out, stats, states, coefficients, column_sums), data.device)
+    run(gradient_launches(tile, out, stats, states, coefficients, column_sums, across), data.device)
     column_sums.finish()
 
 
-def gradient_launches(tile, out, stats, states, coefficients, column_sums: _ColumnSums) -> Iterator[Launch]:
+def gradient_launches(
+    tile, out, stats, states, coefficients, column_sums: _ColumnSums, across: Across | None = None
+) -> Iterator[Launch]:
     data = tile.data
     rows, columns = data.shape
     assert (data.stride(1) == 1 and out.stride(1) == 1) or columns == 1
@@ -266,21 +282,28 @@ def gradient_launches(tile, out, stats, states, coefficients, column_sums: _Colu
     way, how = way_of(tile, data)
     numbers, launch = _numbers(specs, arguments, rows, data.device)
     yield launch
+    below, of_columns, numbers_across = (), (data,), data
+    if across is not None:
+        below, of_columns = describe_all(across.stats, across.states, across.coefficients)
+        numbers_across, launch = _numbers(below, of_columns, columns, data.device)
+        yield launch
     narrowing = overlap(out, data) and out.dtype != data.dtype
     scores = SUMS_BLOCK if any(column_sums.asked) else BLOCK
-    r = shape_of(rows, columns, scores, scores).r
+    least = 1 if across is None else ACROSS_ROWS
+    r = shape_of(rows, columns, scores // least, scores, least_rows=least).r
     groups, each = column_sums.groups(r)
-    shape = shape_of(rows, columns, scores, scores, narrowing, groups)
+    shape = shape_of(rows, columns, scores // least, scores, narrowing, groups, least)
     yield Launch(
         gradient_kernels.gradient,
         (groups, shape.parts),
         dict(
             **dict(data=data, stride=data.stride(0), out=out, out_stride=out.stride(0), rows=rows, columns=columns),
-            **dict(first=tile.first, **way, arguments=arguments, numbers=numbers),
+            **dict(first=tile.first, first_row=tile.first_row, **way, arguments=arguments, numbers=numbers),
+            **dict(across=of_columns, numbers_across=numbers_across),
             **dict(sums=column_sums.scratch(groups, shape.parts, data), group_rows=each),
             part_columns=shape.part_columns,
         ),
-        dict(SPECS=specs, HOW=how, SUMS=column_sums.asked, R=r, BLOCK=shape.block),
+        dict(SPECS=specs, ACROSS=below, HOW=how, SUMS=column_sums.asked, R=r, BLOCK=shape.block),
     )
 
 
