@@ -222,9 +222,8 @@ def gradient(data, stride, out, out_stride, rows, columns, first, first_row, vec
             g = slopes(z, arguments, numbers, wide(rows), row, there, column, inside, begin, first, columns,
                        SPECS, BLOCK)  # fmt: skip
             if len(ACROSS) > 0:
-                begin_row = group.to(tl.int64) * group_rows + top
-                below = slopes(tl.trans(z), across, numbers_across, wide(columns), column.to(tl.int64), inside, row,
-                               there, begin_row, first_row, rows, ACROSS, R)  # fmt: skip
+                below = slopes(tl.trans(z), across, numbers_across, wide(columns), column.to(tl.int64), inside,
+                               row.to(tl.int32), there, group * group_rows + top, first_row, rows, ACROSS, R)  # fmt: skip
                 g += tl.trans(below)
             g, gathering = gathered(gathering, g, along, cap, vectors, column, inside, HOW, SUMS)
             at = out + row[:, None] * out_stride + column[None, :]

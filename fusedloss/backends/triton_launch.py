@@ -28,8 +28,10 @@ LIGHT = (S.LogSumExp, S.Score, S.Sum, S.Count)  # statistics whose arithmetic le
 MOST_PICKED = 8  # columns of a Score that are looked for in each such block
 PROGRAMS = 1024  # enough to fill a GPU: below it, columns are split over programs too
 GROUPS = 256  # groups of rows that sums over rows are first taken of: a row of fp32 scratch for each
-ACROSS_ROWS = 16  # rows at a time, at least, where numbers of columns are looked at: they are loaded for all of these once
-TRANSPOSED_ROWS = 32  # columns in memory side by side, so that a load reads whole sectors
+ACROSS_ROWS = 16  # rows of a block whose columns have numbers too: those are loaded once for all of these
+# Columns and rows of a transposed block. One warp has 128 columns, four to a thread: its sums need no other thread. A list
+# of extremes is for whole columns: there are more programs if they are narrower.
+TRANSPOSED, TRANSPOSED_LIST = (128, 8), (32, 64)
 PREPARED_ROWS = 128  # rows to a program of the kernels that look at states alone
 
 
@@ -86,9 +88,19 @@ def shape_of(
     block = max(SMALLEST, triton.next_power_of_2(step))
     # Few rows are spread over programs rather than put side by side in one.
     r = max(least_rows, min(max(1, scores // block), 16, triton.next_power_of_2(max(1, rows // PROGRAMS))))
+    return _in_parts(columns, r, block, step, 1 if whole_rows else -(-PROGRAMS // max(1, groups or -(-rows // r))))
+
+
+def transposed_shape(rows: int, columns: int, whole_rows: bool) -> Shape:
+    """Of a tile whose rows are columns in memory."""
+    r, block = TRANSPOSED_LIST if whole_rows else TRANSPOSED
+    return _in_parts(columns, r, block, block, 1 if whole_rows else -(-2 * PROGRAMS // -(-rows // r)))
+
+
+def _in_parts(columns: int, r: int, block: int, step: int, parts: int) -> Shape:
+    """At most so many parts, each of whole steps."""
     steps = -(-max(1, columns) // step)
-    wanted = -(-PROGRAMS // max(1, groups or -(-rows // r)))
-    per_part = steps if whole_rows else -(-steps // min(steps, max(1, wanted)))
+    per_part = -(-steps // min(steps, max(1, parts)))
     return Shape(r, block, step, -(-steps // per_part), per_part * step)
 
 
@@ -121,8 +133,10 @@ def statistics_launches(tile, stats, states, keep=None, transposed: bool = False
     way, how = way_of(tile, data, transposed)
     kept = -1 if keep is None else [isinstance(s, S.LogSumExp) and s.factor == 1.0 for s in stats].index(True)
     whole = any(isinstance(s, S.Extreme) for s in stats) or (keep is not None and overlap(keep.data, data))
-    least = TRANSPOSED_ROWS if transposed else 1
-    shape = shape_of(rows, columns, BLOCK // least if keep is None else keep.block, BLOCK, whole, least_rows=least)
+    if transposed:
+        shape = transposed_shape(rows, columns, whole)
+    else:
+        shape = shape_of(rows, columns, BLOCK if keep is None else keep.block, BLOCK, whole)
     split = shape.parts > 1
     partial = _partial(stats, states, shape.parts, rows)
     yield Launch(
@@ -135,6 +149,7 @@ def statistics_launches(tile, stats, states, keep=None, transposed: bool = False
             **dict(step=shape.step, part_columns=shape.part_columns),
         ),
         dict(SPECS=specs, HOW=how, KEEP=kept, SPLIT=split, R=shape.r, BLOCK=shape.block),
+        warps=1 if transposed and not whole else 8,
     )
     yield from _merging(stats, specs, arguments, partial, shape.parts, rows)
 
@@ -289,7 +304,10 @@ def gradient_launches(
         yield launch
     narrowing = overlap(out, data) and out.dtype != data.dtype
     scores = SUMS_BLOCK if any(column_sums.asked) else BLOCK
-    least = 1 if across is None else ACROSS_ROWS
+    least, warps = 1, 8
+    if across is not None:  # half the block, for the registers' sake; eight scores to a thread, for the loads'
+        least, scores = ACROSS_ROWS, scores // 2
+        warps = max(1, min(8, scores // 256))
     r = shape_of(rows, columns, scores // least, scores, least_rows=least).r
     groups, each = column_sums.groups(r)
     shape = shape_of(rows, columns, scores // least, scores, narrowing, groups, least)
@@ -304,6 +322,7 @@ def gradient_launches(
             part_columns=shape.part_columns,
         ),
         dict(SPECS=specs, ACROSS=below, HOW=how, SUMS=column_sums.asked, R=r, BLOCK=shape.block),
+        warps=warps,
     )
 
 
