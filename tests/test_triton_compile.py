@@ -43,7 +43,9 @@ def test_kernels_compile_within_their_budget(target, tmp_path):
     over = []
     for each in found:
         kernel, plain, columns = each["kernel"], "options" not in each["title"], "of columns" in each["title"]
-        most = (COLUMN_SHARED if columns else SHARED).get(kernel, 1 << 10) if target != "gfx942" else MOST_SHARED[target]
+        most = (
+            (COLUMN_SHARED if columns else SHARED).get(kernel, 1 << 10) if target != "gfx942" else MOST_SHARED[target]
+        )
         if each["shared"] > most + 64:  # barriers of the pipeline
             over.append(each)
         if target == "sm_90":

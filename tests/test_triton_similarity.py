@@ -139,11 +139,11 @@ def coefficients_of(stats, count, silent):
 if engine.interpreted():
     import triton
     import triton.language as tl
+    from fusedloss.kernels import elementwise
+    from fusedloss.kernels.words import LOG_RELU, LOG_TANH
     from test_triton_interpreter import walking
 
     from fusedloss.backends import triton_launch
-    from fusedloss.kernels import elementwise
-    from fusedloss.kernels.words import LOG_RELU, LOG_TANH
 
     pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, on infinities and NaN
 

@@ -275,9 +275,7 @@ class _ColumnSums:
                 total.add_(part.sum(0))
 
 
-def gradient(
-    tile: Tile, out: Tensor, stats, states, coefficients, sums: Sums, across: Across | None = None
-) -> None:
+def gradient(tile: Tile, out: Tensor, stats, states, coefficients, sums: Sums, across: Across | None = None) -> None:
     data = tile.data
     rows, columns = data.shape
     if rows == 0 or columns == 0:
