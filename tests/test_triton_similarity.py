@@ -15,6 +15,7 @@ from test_statistics import some_scores
 from test_triton_interpreter import ROUNDING, close, compare_states, tiles
 
 import fusedloss as fl
+from fusedloss import schedule
 from fusedloss.backends import torch as plain
 from fusedloss.backends import triton as engine
 from fusedloss.backends.tile import Across, Sums, Tile
@@ -246,17 +247,28 @@ if engine.interpreted():
             close(out, torch.full_like(z, 2.0))
 
     @pytest.mark.parametrize("kind", ["same", "everything"])
-    def test_statistics_of_a_product(kind):
+    def test_statistics_of_a_product(kind, monkeypatch):
+        monkeypatch.setattr(triton_launch, "LINEAR_ROWS", 8)
+        monkeypatch.setattr(triton_launch, "PROGRAMS", 1 if kind == "same" else 4)
         x, y = torch.randn(ROWS, 16).bfloat16(), torch.randn(COLUMNS, 16).bfloat16() * 0.25
         tile, exact = pair(x.float() @ y.float().t())
         names = ("logsumexp", "moments", "circle", "log_atan-row")
-        for stats in ([table_of(kind)["logsumexp"], table_of(kind)["count"]], [table_of(kind)[n] for n in names]):
-            states, truths = ([s.identity(ROWS, "cpu") for s in stats] for _ in range(2))
-            assert engine.fuses(stats, tile)
-            engine.linear_statistics(x, y, tile, stats, states)
-            plain.statistics(exact, stats, truths)
-            for s, got, truth in zip(stats, states, truths):
-                close(s.value(got), s.value(truth), 1e-5)
+        theirs = table_of(kind, True)
+        for stats, below in (
+            ([table_of(kind)["logsumexp"], table_of(kind)["count"]], []),
+            ([table_of(kind)[n] for n in names], [theirs["sum"], theirs["score"]]),
+            ([table_of(kind)["score"], LogSumExp()], [theirs["logsumexp"]]),
+            ([], [theirs[n] for n in ("moments", "log_tanh-row", "score-columns")]),
+        ):
+            states, truths = ([s.identity(n, "cpu") for n, part in ((ROWS, stats), (COLUMNS, below)) for s in part]
+                              for _ in range(2))  # fmt: skip
+            assert engine.fuses(stats, tile, below)
+            engine.linear_statistics(x, y, tile, stats, states[: len(stats)], None, below, states[len(stats) :])
+            plain.statistics(exact, stats, truths[: len(stats)])
+            plain.column_statistics(exact, below, truths[len(stats) :])
+            for s, got, truth in zip([*stats, *below], states, truths):
+                close(s.value(got), s.value(truth), 1e-5, type(s).__name__)
+        assert not engine.fuses([], tile, [TopK(2)])
 
     @pytest.mark.parametrize(
         ("symmetric", "dtype"), [(False, torch.float32), (True, torch.float32), (False, torch.bfloat16)]
@@ -264,14 +276,18 @@ if engine.interpreted():
     def test_the_whole_way(symmetric, dtype, monkeypatch):
         """Several blocks each way, against the dense scores in fp64."""
         monkeypatch.setattr(triton_launch, "PROGRAMS", 1)
+        monkeypatch.setattr(triton_launch, "LINEAR_ROWS", 8)
+        monkeypatch.setattr(schedule, "FUSED_ROWS", 12)
         x, y = torch.randn(21, 8).to(dtype), torch.randn(33, 8).to(dtype)
         y = x if symmetric else y
         n, m, me = len(x), len(y), torch.arange(len(x))
         labels, others = torch.randint(0, 4, (n,)), torch.randint(0, 4, (m,))
         others = labels if symmetric else others
-        stats = [LogSumExp(where=Rest(me)), Score((me + 3) % n), Max(Other(labels, others)), Columns(LogSumExp(1.3)),
-                 LogSumExpOf("circle", 1.0, 3.0, 0.25, where=Same(labels, others, without=me)), Columns(Moments()),
+        stats = [LogSumExp(where=Rest(me)), Score((me + 3) % n), Columns(Moments()), Columns(LogSumExp(1.3)),
+                 LogSumExpOf("circle", 1.0, 3.0, 0.25, where=Same(labels, others, without=me)),
                  Columns(SumOf("hinge", where=Other(others, labels)))]  # fmt: skip
+        if dtype == torch.float32:  # without it, half-precision statistics come out of the product
+            stats.append(Max(Other(labels, others)))
 
         def found(backend, wide):
             given = [t.to(wide).requires_grad_() for t in ([x] if symmetric else [x, y])]

@@ -192,11 +192,19 @@ def similarity_launches(hip: bool):
         below = Across(stats, of_columns, coefficients(stats, columns))
         for asked in (sums(Sums()), both):
             yield from ((title, x) for x in triton_launch.gradient_launches(*given, asked, below))
+        if name == "entropy":
+            alone = tile, half, [], [], [], both, below
+            yield from ((title, x) for x in triton_launch.gradient_launches(*alone))
     x, y = torch.empty(rows, depth, dtype=torch.bfloat16), torch.empty(columns, depth, dtype=torch.bfloat16)
     for name in ("labels", "pairs"):
         given = lists[name], states(lists[name], rows)
         launched = triton_launch.linear_launches(x, y, tile, *given, hip=hip)
         yield from ((f"{name} with options", launch) for launch in launched)
+    for name in ("entropy", "labels"):
+        for stats in (lists[name], []):
+            given = stats, states(stats, rows), None, across[name], states(across[name], columns)
+            launched = triton_launch.linear_launches(x, y, tile, *given, hip=hip)
+            yield from ((f"{name} of columns", launch) for launch in launched)
 
 
 if __name__ == "__main__":

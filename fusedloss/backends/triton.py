@@ -129,9 +129,9 @@ def gradient_of_exponentials(
 # --- GEMM and statistics in one --------------------------------------------------------------------------------------
 
 
-def fuses(stats: Sequence[Statistic], tile: Tile) -> bool:
+def fuses(stats: Sequence[Statistic], tile: Tile, across: Sequence[Statistic] = ()) -> bool:
     """Whether `linear_statistics` takes these: not lists of extremes, nor scores at more than a few columns."""
-    return _launcher().fuses(stats, tile)
+    return _launcher().fuses([*stats, *across])
 
 
 def linear_statistics(
@@ -141,9 +141,12 @@ def linear_statistics(
     stats: Sequence[Statistic],
     states: Sequence[Tensor],
     keep: Exponentials | None = None,
+    across: Sequence[Statistic] = (),
+    below: Sequence[Tensor] = (),
 ) -> None:
     """`statistics` of the scores x (n, D) @ weight (m, D)ᵀ, which are never in memory; `tile.data` is not read.
 
-    With `keep` (of LINEAR_KEPT_COLUMNS columns to a shift), exponentials are all that is written.
+    With `keep` (of LINEAR_KEPT_COLUMNS columns to a shift), exponentials are all that is written. `below` are the states
+    of statistics `across`, those of columns.
     """
-    _launcher().linear_statistics(x, weight, tile, stats, states, keep)
+    _launcher().linear_statistics(x, weight, tile, stats, states, keep, across, below)
