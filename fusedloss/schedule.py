@@ -32,6 +32,8 @@ FEW_INPUTS = 32
 PART_BYTES = 64 << 20
 # Rows of single scores that are looked at together.
 SOME_ROWS = 512
+# Rows out of whose products columns' statistics come at a time: each block of them leaves states of all columns.
+FUSED_ROWS = 8192
 
 
 @dataclass(eq=False)
@@ -50,8 +52,11 @@ def statistics_sweep(
     states = [s.identity(stream.rows, stream.x.device) for s in stats]
     below = [s.identity(stream.columns, stream.x.device) for s in across]
     given = stream.weight is None
-    if not across and stream.fuses(stats) and stream.rows:
-        stream.fused_statistics(stream.input(slice(0, stream.rows)), stats, states)
+    if stream.fuses(stats, across) and stream.rows:
+        for rows in spans(stream.rows, FUSED_ROWS if across else stream.rows):
+            mine, theirs = [s.taking(rows) for s in stats], [s.taking(rows=None, columns=rows) for s in across]
+            into = [s[rows] for s in states]
+            stream.fused_statistics(stream.input(rows), mine, into, None, theirs, below, rows.start)
         return states, below
     block = (0, 0) if given else (layout.chunk_rows, layout.block_columns)
     with workspace(stream.x.device, (block, accumulation_dtype(stream.dtype))) as (buffer,):

@@ -48,19 +48,21 @@ class Stream:
         shape = self.rows, self.x.shape[1], self.columns
         return plan(*shape, self.dtype, walk, limits, exponentials, gradient_dtype, fused)
 
-    def fuses(self, stats: Sequence[Statistic]) -> bool:
+    def fuses(self, stats: Sequence[Statistic], across: Sequence[Statistic] = ()) -> bool:
         """Whether the backend takes these statistics out of the product itself."""
         fuses = getattr(self.backend, "fuses", None)
         if fuses is None or self.weight is None or not half(self.dtype):  # float32 would miss the matrix units
             return False
         if self.x.stride(1) != 1 or self.weight.stride(1) != 1:
             return False
-        return fuses(stats, self.tile(None, slice(0, self.columns)))
+        return fuses(stats, self.tile(None, slice(0, self.columns)), across)
 
-    def fused_statistics(self, x: Tensor, stats, states, kept: Exponentials | None = None) -> None:
+    def fused_statistics(
+        self, x: Tensor, stats, states, kept: Exponentials | None = None, across=(), below=(), first_row: int = 0
+    ) -> None:
         """Statistics of whole rows, whose scores are never in memory."""
-        tile = self.tile(None, slice(0, self.columns))
-        self.backend.linear_statistics(x, self.weight, tile, stats, states, kept)
+        tile = self.tile(None, slice(0, self.columns), first_row)
+        self.backend.linear_statistics(x, self.weight, tile, stats, states, kept, across, below)
 
     def take(self, tensor: Tensor, rows: slice) -> Tensor:
         return tensor[rows] if self.kept is None else tensor.index_select(0, self.kept[rows])

@@ -1,13 +1,13 @@
 """Elementary functions in fp32, in forms that keep their last digits, alike on every target and in the interpreter.
 
 The hardware's 2^x is good to two units in the last place, but x log2(e), rounded, costs |x| / 2 units more: `exp` makes
-that good. There is no other transcendental function here: log1p and tanh are rational around it.
+that good. There is no other transcendental function here: logarithms, tanh and arctangent are rational around it.
 """
 
 import triton
 import triton.language as tl
 
-from .words import FOCAL, HINGE, SIGMOID, SOFTPLUS, SQUARED_HINGE
+from .words import CIRCLE, FOCAL, HINGE, LOG_ATAN, LOG_RELU, LOG_TANH, SIGMOID, SOFTPLUS, SQUARED_HINGE
 
 LOG2E = tl.constexpr(1.44269502162933349609375)  # log2(e) = LOG2E + LOG2E_LOW, the first an fp32 number
 LOG2E_LOW = tl.constexpr(1.925963033500e-8)
@@ -26,7 +26,7 @@ def exp(x):
 
 @triton.jit
 def log1p(x):
-    """log(1 + x) for 0 ≤ x ≤ 1, = 2 artanh(x / (2 + x)): nothing cancels where x is tiny."""
+    """log(1 + x) for −1/2 ≤ x ≤ 1, = 2 artanh(x / (2 + x)): nothing cancels where x is tiny."""
     s = x / (x + 2.0)
     y = s * s
     q = 2.4300932884216309e-1 * y + 2.1427658200263977e-1
@@ -34,6 +34,38 @@ def log1p(x):
     q = q * y + 3.999887704849243e-1
     q = q * y + 6.666667461395264e-1
     return s * y * q + (s + s)
+
+
+@triton.jit
+def log(x):
+    """log x for x ≥ 2^-126: that of the power of two next to x, and log1p of what is left."""
+    bits = x.to(tl.int32, bitcast=True)
+    exponent = (bits - 0x3F3504F3) >> 23  # the rest is in [√½, √2)
+    rest = (bits - (exponent << 23)).to(tl.float32, bitcast=True)
+    n = exponent.to(tl.float32)
+    # log 2 in two parts, of which the first times n is exact.
+    found = n * 0.693359375 + (n * -2.12194440e-4 + log1p(rest - 1.0))
+    return tl.where(x < float("inf"), found, x)  # NaN passes
+
+
+@triton.jit
+def log_of_one_and(x):
+    """log(1 + x) for all x > −1."""
+    return tl.where((x >= -0.5) & (x <= 1.0), log1p(x), log(x + 1.0))
+
+
+@triton.jit
+def atan(x):
+    """Arctangent: turned by π/2, π/4 or nothing into |x| < tan π/8, and a polynomial there (Cephes, atanf)."""
+    a = tl.abs(x)
+    far, near = a > 2.414213562373095, a < 0.4142135623730950
+    t = tl.where(far, -1.0, tl.where(near, a, a - 1.0)) / tl.where(far, a, tl.where(near, 1.0, a + 1.0))
+    y = t * t
+    q = 8.05374449538e-2 * y - 1.38776856032e-1
+    q = q * y + 1.99777106478e-1
+    q = q * y - 3.33329491539e-1
+    turned = tl.where(far, 1.5707963267948966, tl.where(near, 0.0, 0.7853981633974483)) + (q * y * t + t)
+    return tl.where(x < 0, -turned, turned)
 
 
 @triton.jit
@@ -89,3 +121,25 @@ def function_and_slope(u, parameter, FUNCTION: tl.constexpr):
         tl.static_assert(FUNCTION == FOCAL)
         power, p = sigmoid_power(u, parameter), softplus(u)
         return p * power, power * (sigmoid(u) + parameter * p * sigmoid(-u))
+
+
+@triton.jit
+def log_function_and_slope(u, parameter, FUNCTION: tl.constexpr):
+    """g(u) and g′(u) of LOGSUMEXP_OF; −inf and 0 where g has no value. NaN passes through each of them."""
+    if FUNCTION == LOG_TANH:
+        # log(1 + tanh u) = 2u + log 2 − log(1 + e^2u), which cancels near 0.
+        tanh, flatness = tanh_and_slope(u)
+        low = 2.0 * u + (LN2 - log1p(exp(-2.0 * tl.abs(u))))
+        return tl.where(u < -0.5, low, log1p(tl.where(u < -0.5, 0.0, tanh))), 2.0 * sigmoid(-2.0 * u)
+    elif FUNCTION == LOG_ATAN:
+        angle = atan(u)
+        none = angle <= -1.0
+        slope = 1.0 / ((angle + 1.0) * (u * u + 1.0))
+        return tl.where(none, -float("inf"), log_of_one_and(angle)), tl.where(none, 0.0, slope)
+    elif FUNCTION == LOG_RELU:
+        none = u <= -1.0
+        return tl.where(none, -float("inf"), log_of_one_and(u)), tl.where(none, 0.0, 1.0 / (u + 1.0))
+    else:
+        tl.static_assert(FUNCTION == CIRCLE)
+        above = tl.where(u + parameter <= 0, 0.0, u + parameter)
+        return above * (u - parameter), above

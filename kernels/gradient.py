@@ -20,6 +20,7 @@ from .words import (
     FACTOR,
     KIND,
     LOGSUMEXP,
+    LOGSUMEXP_OF,
     MEMORY,
     MOMENTS,
     NUMBER,
@@ -32,6 +33,7 @@ from .words import (
     TO_CLASS_SHIFT,
     TO_LARGEST,
     TO_SCALE,
+    WEIGHT,
 )
 
 
@@ -53,7 +55,10 @@ def derivative_in(argument, row, there, active, SPEC: tl.constexpr):
     coefficient = numbers_of(argument[COEFFICIENT], row, there, COEFFICIENTS)
     for i in tl.static_range(COEFFICIENTS):
         active = active | (coefficient[i] != 0).to(tl.int32)
-    return active, derivative(state, coefficient, argument[FACTOR], there, SPEC)
+    factor = argument[FACTOR]
+    if SPEC[KIND] == LOGSUMEXP_OF:
+        factor = factor * argument[WEIGHT]
+    return active, derivative(state, coefficient, factor, there, SPEC)
 
 
 @triton.jit
@@ -177,18 +182,24 @@ def slopes(z, arguments, numbers, rows, row, there, column, inside, begin, first
             level = per_row(numbers, 4 + 4 * k, rows, row, there)
             v = operand_of(z, argument, row, there, column, inside, tl.constexpr(SPECS[k]))
             r = row_parameter(argument, row, there, tl.constexpr(SPECS[k]))
-            one = slope(z, v, r, argument[FACTOR], argument[PARAMETER], weight, center, offset, level,
+            one = slope(z, v, r, argument[FACTOR], argument[PARAMETER], argument[WEIGHT], weight, center, offset, level,
                         tl.constexpr(SPECS[k]))  # fmt: skip
-            g += tl.where(seen_by(z, argument, row, there, column, first, columns, tl.constexpr(SPECS[k])), one, 0.0)
-    active = per_row(numbers, 0, rows, row, there) != 0
-    return tl.where(active & (z != -float("inf")), g, 0.0)
+            seen = seen_by(z, argument, row, there, column, inside, first, columns, tl.constexpr(SPECS[k]))
+            g += tl.where(seen, one, 0.0)
+    if len(SPECS) > 0:
+        active = per_row(numbers, 0, rows, row, there) != 0
+        g = tl.where(active & (z != -float("inf")), g, 0.0)
+    return g
 
 
 @triton.jit
-def gradient(data, stride, out, out_stride, rows, columns, first, vectors, softcap, scale, arguments, numbers, sums,
-             group_rows, part_columns, SPECS: tl.constexpr, HOW: tl.constexpr, SUMS: tl.constexpr, R: tl.constexpr,
-             BLOCK: tl.constexpr):  # fmt: skip
+def gradient(data, stride, out, out_stride, rows, columns, first, first_row, vectors, softcap, scale, arguments, numbers,
+             across, numbers_across, sums, group_rows, part_columns, SPECS: tl.constexpr, ACROSS: tl.constexpr,
+             HOW: tl.constexpr, SUMS: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """out = ∂L/∂a for one group of rows in one part of the columns. `numbers` is what `derivatives` made.
+
+    ACROSS are statistics of columns, as those of rows are of the transposed block; no loads or stores are added but
+    those of what belongs to rows and columns.
 
     `out` may lie in the tile's memory with a narrower type: then its block of columns covers blocks of the tile from
     the same row that are further left, or half of the same one. All columns are one part then, walked from left to
@@ -207,9 +218,13 @@ def gradient(data, stride, out, out_stride, rows, columns, first, vectors, softc
             here = there[:, None] & inside[None, :]
             a = tl.load(data + row[:, None] * stride + column[None, :], mask=here, other=-float("inf")).to(tl.float32)
             tl.debug_barrier()
-            z, along, cap = scores_of(a, vectors, softcap, scale, column, inside, HOW)
+            z, along, cap = scores_of(a, vectors, softcap, scale, row, there, column, inside, HOW)
             g = slopes(z, arguments, numbers, wide(rows), row, there, column, inside, begin, first, columns,
                        SPECS, BLOCK)  # fmt: skip
+            if len(ACROSS) > 0:
+                below = slopes(tl.trans(z), across, numbers_across, wide(columns), column.to(tl.int64), inside,
+                               row.to(tl.int32), there, group * group_rows + top, first_row, rows, ACROSS, R)  # fmt: skip
+                g += tl.trans(below)
             g, gathering = gathered(gathering, g, along, cap, vectors, column, inside, HOW, SUMS)
             at = out + row[:, None] * out_stride + column[None, :]
             tl.store(at, g.to(out.dtype.element_ty), mask=here)

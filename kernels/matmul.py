@@ -59,13 +59,30 @@ def pick_from_block(z, row, there, column, begin, first, argument, SPEC: tl.cons
 
 
 @triton.jit
-def linear_statistics(x, x_stride, weight, weight_stride, rows, columns, depth, first, vectors, softcap, scale,
-                      arguments, partial, keep, keep_stride, shift, shift_stride, part_columns,
-                      SPECS: tl.constexpr, HOW: tl.constexpr, KEEP: tl.constexpr, SPLIT: tl.constexpr,
-                      EVEN: tl.constexpr, UPCAST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                      BK: tl.constexpr):  # fmt: skip
+def states_of_columns(z, arguments, partial, row, there, begin_row, first_row, rows, column, inside, columns,
+                      SPECS: tl.constexpr, BM: tl.constexpr, B: tl.constexpr):  # fmt: skip
+    """Statistics of a block's columns over its rows, into a buffer for `merge_parts`: a part is a block of rows."""
+    z = tl.trans(tl.where(there[:, None], z, -float("inf")))  # rows beyond the last are the last once more
+    row, column = row.to(tl.int32), column.to(tl.int64)
+    for k in tl.static_range(len(SPECS)):
+        if SPECS[k][KIND] == SCORE:
+            pick_from_block(z, column, inside, row, begin_row.to(tl.int32), first_row, arguments[k],
+                            tl.constexpr(SPECS[k]), BM)  # fmt: skip
+    states = start(arguments, column, inside, SPECS, B)
+    states = update_all(states, z, arguments, column, inside, row, there, first_row, rows, partial, 0, partial, -1,
+                        SPECS)  # fmt: skip
+    store_all(states, arguments, partial, tl.program_id(0), tl.num_programs(0), column, columns, inside, True, SPECS)
+
+
+@triton.jit
+def linear_statistics(x, x_stride, weight, weight_stride, rows, columns, depth, first, first_row, vectors, softcap,
+                      scale, arguments, partial, across, partial_across, keep, keep_stride, shift, shift_stride,
+                      part_columns, SPECS: tl.constexpr, ACROSS: tl.constexpr, HOW: tl.constexpr, KEEP: tl.constexpr,
+                      SPLIT: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr, BM: tl.constexpr,
+                      BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """Merge the scores x Wᵀ into the states of the rows; the statistic KEEP (−1: none) leaves its exponentials, with a
-    shift for every BN / 2 columns. Part p of the grid's second axis takes `part_columns` classes, a multiple of BN."""
+    shift for every BN / 2 columns. Part p of the grid's second axis takes `part_columns` classes, a multiple of BN.
+    ACROSS are statistics of columns, of which the states of each block of rows are left apart."""
     begin_row = tl.program_id(0).to(tl.int64) * BM
     row = begin_row + tl.arange(0, BM)
     there = row < rows
@@ -82,11 +99,14 @@ def linear_statistics(x, x_stride, weight, weight_stride, rows, columns, depth, 
             column = start_column + tl.arange(0, BN // 2)
             inside = column < end
             a = tl.where(inside[None, :], halves[half], -float("inf"))
-            z, _, _ = scores_of(a, vectors, softcap, scale, column, inside, HOW)
+            z, _, _ = scores_of(a, vectors, softcap, scale, row, there, column, inside, HOW)
             for k in tl.static_range(len(SPECS)):
                 if SPECS[k][KIND] == SCORE:
                     pick_from_block(z, row, there, column, start_column, first, arguments[k], tl.constexpr(SPECS[k]),
                                     BN // 2)  # fmt: skip
             states = update_all(states, z, arguments, row, there, column, inside, first, columns, keep, keep_stride,
                                 shift + wide(start_column // (BN // 2)) * shift_stride, KEEP, SPECS)  # fmt: skip
+            if len(ACROSS) > 0:
+                states_of_columns(z, across, partial_across, row, there, begin_row, first_row, rows, column, inside,
+                                  columns, ACROSS, BM, BN // 2)  # fmt: skip
     store_all(states, arguments, partial, part, tl.num_programs(1), row, rows, there, SPLIT, SPECS)

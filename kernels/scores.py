@@ -8,12 +8,19 @@ import triton.language as tl
 
 from .elementwise import tanh_and_slope
 from .words import (
+    ABOVE,
     AT,
+    BELOW,
     BIAS,
     CLASS_SCALE,
     CLASS_SHIFT,
     COLUMN_LEFT_OUT,
     COUNT,
+    HIGH,
+    LABEL_OF_COLUMN,
+    LABEL_OF_ROW,
+    LABELS,
+    LOW,
     MATRIX,
     MEMORY,
     NONE,
@@ -22,9 +29,11 @@ from .words import (
     PARAMETER_OF_ROW,
     REST,
     ROW,
+    SAME,
     SCALE,
     SHARED,
     SOFTCAP,
+    TRANSPOSED,
     VALUES,
     VALUES_STRIDE,
     VECTOR,
@@ -38,7 +47,25 @@ def wide(number):
 
 
 @triton.jit
-def scores_of(a, vectors, softcap, scale, column, inside, HOW: tl.constexpr):
+def places(data, stride, row, column, HOW: tl.constexpr):
+    """Where the scores of some rows (R, 1) and columns (R or 1, B) lie; `stride` is that of the memory's rows."""
+    if HOW[TRANSPOSED]:
+        return data + column.to(tl.int64) * stride + row
+    else:
+        return data + row * stride + column
+
+
+@triton.jit
+def of_class(vector, row, there, column, inside, HOW: tl.constexpr):
+    """A class vector beside a block of scores."""
+    if HOW[TRANSPOSED]:
+        return tl.load(vector + row, mask=there, other=0.0)[:, None]
+    else:
+        return tl.load(vector + column, mask=inside, other=0.0)[None, :]
+
+
+@triton.jit
+def scores_of(a, vectors, softcap, scale, row, there, column, inside, HOW: tl.constexpr):
     """z = class_scale · scale · cap(a + bias) + class_shift, dz/da and cap(a + bias), all fp32.
 
     `vectors` are (bias, class_scale, class_shift). Where a is -inf, z is -inf and the cap 0.
@@ -46,14 +73,14 @@ def scores_of(a, vectors, softcap, scale, column, inside, HOW: tl.constexpr):
     masked = a == -float("inf")
     cap = a
     if HOW[BIAS]:
-        cap += tl.load(vectors[0] + column, mask=inside, other=0.0)[None, :]
+        cap += of_class(vectors[0], row, there, column, inside, HOW)
     slope = tl.full([1, 1], 1.0, tl.float32)
     if HOW[SCALE] == NUMBER:
         slope = slope * scale
     if HOW[SCALE] == MEMORY:
         slope = slope * tl.load(scale).to(tl.float32)
     if HOW[CLASS_SCALE]:
-        slope = slope * tl.load(vectors[1] + column, mask=inside, other=0.0)[None, :]
+        slope = slope * of_class(vectors[1], row, there, column, inside, HOW)
     z, along = cap, slope
     if HOW[SOFTCAP]:
         z, flatness = tanh_and_slope(cap / softcap)
@@ -62,7 +89,7 @@ def scores_of(a, vectors, softcap, scale, column, inside, HOW: tl.constexpr):
         along = slope * flatness
     z = z * slope
     if HOW[CLASS_SHIFT]:
-        z += tl.load(vectors[2] + column, mask=inside, other=0.0)[None, :]
+        z += of_class(vectors[2], row, there, column, inside, HOW)
     if HOW[SOFTCAP] or HOW[SCALE] != NONE or HOW[CLASS_SCALE]:
         z = tl.where(masked, -float("inf"), z)
     return z, along, tl.where(z == -float("inf"), 0.0, cap)
@@ -85,11 +112,24 @@ def place_of(rest, row, there, first, columns):
 
 
 @triton.jit
-def seen_by(z, argument, row, there, column, first, columns, SPEC: tl.constexpr):
-    """Which scores count: all but -inf and the row's `rest` column."""
+def seen_by(z, argument, row, there, column, inside, first, columns, SPEC: tl.constexpr):
+    """Which scores count: those that are not -inf and that `where` does not hide. Thresholds do not hide NaN."""
     seen = z != -float("inf")
     if SPEC[REST]:
         seen = seen & (column[None, :] != place_of(argument[COLUMN_LEFT_OUT], row, there, first, columns)[:, None])
+    if SPEC[LABELS]:
+        mine = tl.load(argument[LABEL_OF_ROW] + row, mask=there, other=0)[:, None]
+        theirs = tl.load(argument[LABEL_OF_COLUMN] + column, mask=inside, other=0)[None, :]
+        if SPEC[LABELS] == SAME:
+            seen = seen & (mine == theirs)
+        else:
+            seen = seen & (mine != theirs)
+    if SPEC[ABOVE]:
+        low = tl.load(argument[LOW] + row, mask=there, other=0.0)[:, None]
+        seen = seen & ((z > low) | (z != z) | (low != low))
+    if SPEC[BELOW]:
+        high = tl.load(argument[HIGH] + row, mask=there, other=0.0)[:, None]
+        seen = seen & ((z < high) | (z != z) | (high != high))
     return seen
 
 

@@ -7,7 +7,7 @@ running maximum is fp32 (it is one of the scores). Finished states are float64 a
 import triton
 import triton.language as tl
 
-from .elementwise import exp, function_and_slope
+from .elementwise import exp, function_and_slope, log_function_and_slope
 from .words import (
     COUNT_SEEN,
     EXPECTATION,
@@ -15,6 +15,7 @@ from .words import (
     FUNCTION,
     KIND,
     LOGSUMEXP,
+    LOGSUMEXP_OF,
     MOMENTS,
     OF_DISTANCE,
     OF_OPERAND,
@@ -30,7 +31,9 @@ from .words import (
 def width_of(SPEC):
     """Numbers of state to a row, of a statistic that is a sum over columns."""
     kind = SPEC[KIND.value]
-    return 3 if kind in (EXPECTATION.value, MOMENTS.value) else 2 if kind in (LOGSUMEXP.value, SUM_OF.value) else 1
+    if kind in (EXPECTATION.value, MOMENTS.value, LOGSUMEXP_OF.value):
+        return 3
+    return 2 if kind in (LOGSUMEXP.value, SUM_OF.value) else 1
 
 
 @triton.jit
@@ -57,7 +60,7 @@ def identity(SPEC: tl.constexpr, R: tl.constexpr):
     zero = tl.zeros([R], tl.float64)
     if SPEC[KIND] == LOGSUMEXP:
         return (tl.full([R], -float("inf"), tl.float32), zero)
-    elif SPEC[KIND] == EXPECTATION:
+    elif SPEC[KIND] == EXPECTATION or SPEC[KIND] == LOGSUMEXP_OF:
         return (tl.full([R], -float("inf"), tl.float32), zero, zero)
     elif SPEC[KIND] == MOMENTS:
         return (zero, zero, zero)
@@ -87,7 +90,14 @@ def chan(a, b):
 
 
 @triton.jit
-def updated(state, z, v, seen, row, factor, parameter, SPEC: tl.constexpr):
+def exponent_and_slope(z, row, factor, parameter, power, SPEC: tl.constexpr):
+    """power · g(u) and g′(u) of LOGSUMEXP_OF; −inf and 0 where g is −inf."""
+    g, slope = log_function_and_slope(factor * (z - row), parameter, SPEC[FUNCTION])
+    return tl.where(g == -float("inf"), g, power * g), slope
+
+
+@triton.jit
+def updated(state, z, v, seen, row, factor, parameter, power, SPEC: tl.constexpr):
     """The state with the scores z (R, B), where `seen`, merged into it; v and row broadcast to z's shape."""
     if SPEC[KIND] == LOGSUMEXP:
         x = tl.where(seen, factor * z, -float("inf"))  # what is not seen adds 0 to the sum: no mask is kept for it
@@ -99,6 +109,12 @@ def updated(state, z, v, seen, row, factor, parameter, SPEC: tl.constexpr):
         weight = exp(x - pivot[:, None])
         mean = total(weight * value_of(z, v, row, SPEC), seen)
         return (new, state[1] * keep + tl.sum(weight, 1).to(tl.float64), state[2] * keep + mean)
+    elif SPEC[KIND] == LOGSUMEXP_OF:
+        x, slope = exponent_and_slope(z, row, factor, parameter, power, SPEC)
+        x = tl.where(seen, x, -float("inf"))
+        new, pivot, keep = raised(state[0], tl.max(x, 1))
+        e = exp(x - pivot[:, None])
+        return (new, state[1] * keep + tl.sum(e, 1).to(tl.float64), state[2] * keep + total(e * slope, seen))
     elif SPEC[KIND] == SUM:
         return (state[0] + total(v * z, seen),)
     elif SPEC[KIND] == COUNT_SEEN:
@@ -126,7 +142,7 @@ def finished(state, SPEC: tl.constexpr):
     """The state in its finished form, all float64."""
     if SPEC[KIND] == LOGSUMEXP:
         return (state[0].to(tl.float64), state[1])
-    elif SPEC[KIND] == EXPECTATION:
+    elif SPEC[KIND] == EXPECTATION or SPEC[KIND] == LOGSUMEXP_OF:
         return (state[0].to(tl.float64), state[1], state[2])
     else:
         return state
@@ -146,7 +162,7 @@ def merged(a, b, SPEC: tl.constexpr):
     if SPEC[KIND] == LOGSUMEXP:
         m, fa, fb = relative(a[0], b[0])
         return (m, a[1] * fa + b[1] * fb)
-    elif SPEC[KIND] == EXPECTATION:
+    elif SPEC[KIND] == EXPECTATION or SPEC[KIND] == LOGSUMEXP_OF:
         m, fa, fb = relative(a[0], b[0])
         return (m, a[1] * fa + b[1] * fb, a[2] * fa + b[2] * fb)
     elif SPEC[KIND] == MOMENTS:
@@ -161,10 +177,10 @@ def merged(a, b, SPEC: tl.constexpr):
 def loaded(state, at, there, pitch, SPEC: tl.constexpr):
     """A finished state from memory: number i lies at state + at + i · pitch. The identity where not `there`."""
     low = 0.0
-    if SPEC[KIND] == LOGSUMEXP or SPEC[KIND] == EXPECTATION:
+    if SPEC[KIND] == LOGSUMEXP or SPEC[KIND] == EXPECTATION or SPEC[KIND] == LOGSUMEXP_OF:
         low = -float("inf")
     first = tl.load(state + at, mask=there, other=low)
-    if SPEC[KIND] == EXPECTATION or SPEC[KIND] == MOMENTS:
+    if SPEC[KIND] == EXPECTATION or SPEC[KIND] == MOMENTS or SPEC[KIND] == LOGSUMEXP_OF:
         second = tl.load(state + at + pitch, mask=there, other=0.0)
         return (first, second, tl.load(state + at + 2 * pitch, mask=there, other=0.0))
     elif SPEC[KIND] == LOGSUMEXP or SPEC[KIND] == SUM_OF:
@@ -187,14 +203,14 @@ def derivative(state, coefficient, factor, there, SPEC: tl.constexpr):
     What the rounding of `center` loses is made good in `weight` or `offset`.
     """
     zero = tl.zeros_like(state[0])
-    if SPEC[KIND] == LOGSUMEXP or SPEC[KIND] == EXPECTATION:
+    if SPEC[KIND] == LOGSUMEXP or SPEC[KIND] == EXPECTATION or SPEC[KIND] == LOGSUMEXP_OF:
         # e^{factor z − S} as e^{factor z − center} correction, S rounded to center. Where no score counts, S = -inf: 0.
         s = state[0] + tl.log(state[1])
         nothing = s == -float("inf")
         center = tl.where(nothing, 0.0, s).to(tl.float32)
         scale = tl.where(nothing, 0.0, coefficient[0] * tl.exp(center - s))
         weight = (scale * factor).to(tl.float32)
-        if SPEC[KIND] == LOGSUMEXP:
+        if SPEC[KIND] != EXPECTATION:
             return weight, center, zero.to(tl.float32), zero.to(tl.float32)
         else:
             mean = state[2] / state[1]
@@ -217,13 +233,16 @@ def derivative(state, coefficient, factor, there, SPEC: tl.constexpr):
 
 
 @triton.jit
-def slope(z, v, row, factor, parameter, weight, center, offset, level, SPEC: tl.constexpr):
+def slope(z, v, row, factor, parameter, power, weight, center, offset, level, SPEC: tl.constexpr):
     """∂L/∂z of one statistic, (R, B); what `derivative` returned comes as (R, 1)."""
     tl.static_assert(SPEC[KIND] != SCORE and SPEC[KIND] != EXTREME and SPEC[KIND] != COUNT_SEEN)
     if SPEC[KIND] == LOGSUMEXP:
         return weight * exp(factor * z - center)
     elif SPEC[KIND] == EXPECTATION:
         return exp(factor * z - center) * (weight * (value_of(z, v, row, SPEC) - level) + offset)
+    elif SPEC[KIND] == LOGSUMEXP_OF:
+        x, derived = exponent_and_slope(z, row, factor, parameter, power, SPEC)
+        return weight * derived * exp(x - center)
     elif SPEC[KIND] == SUM:
         return weight * v + tl.zeros_like(z)
     elif SPEC[KIND] == SUM_OF_SQUARES:

@@ -5,9 +5,9 @@ import triton.language as tl
 
 from .elementwise import exp
 from .extremes import loaded_list, store_list, with_block
-from .scores import operand_of, row_parameter, scores_of, seen_by, wanted, wide
+from .scores import operand_of, places, row_parameter, scores_of, seen_by, wanted, wide
 from .states import finished, identity, loaded, merged, raised, store, updated, width_of
-from .words import COUNT, EXTREME, FACTOR, KIND, PARAMETER, SCORE, SLOTS, STATE
+from .words import COUNT, EXTREME, FACTOR, KIND, PARAMETER, SCORE, SLOTS, STATE, TRANSPOSED, WEIGHT
 
 
 @triton.jit
@@ -31,11 +31,14 @@ def pick_scores(data, stride, row, there, first, columns, vectors, softcap, scal
     here = there[:, None] & (slot < SPEC[COUNT])[None, :]
     place = tl.load(wanted(argument, row, SPEC)[:, None] + slot[None, :], mask=here, other=-1) - first
     here = here & (place >= 0) & (place < columns)
-    a = tl.load(data + row[:, None] * stride + place, mask=here, other=0.0).to(tl.float32)
-    flat_place, flat_here = tl.reshape(place, [R * SPEC[SLOTS]]), tl.reshape(here, [R * SPEC[SLOTS]])
-    flat = tl.reshape(a, [1, R * SPEC[SLOTS]])
-    z, _, _ = scores_of(flat, vectors, softcap, scale, flat_place, flat_here, HOW)
-    z = tl.reshape(z, [R, SPEC[SLOTS]])
+    a = tl.load(places(data, stride, row[:, None], place, HOW), mask=here, other=0.0).to(tl.float32)
+    if HOW[TRANSPOSED]:
+        z, _, _ = scores_of(a, vectors, softcap, scale, row, there, slot, slot >= 0, HOW)
+    else:  # the columns of each row are others
+        flat_place, flat_here = tl.reshape(place, [R * SPEC[SLOTS]]), tl.reshape(here, [R * SPEC[SLOTS]])
+        flat = tl.reshape(a, [1, R * SPEC[SLOTS]])
+        z, _, _ = scores_of(flat, vectors, softcap, scale, row, there, flat_place, flat_here, HOW)
+        z = tl.reshape(z, [R, SPEC[SLOTS]])
     at = argument[STATE] + row[:, None] * SPEC[COUNT] + slot[None, :]
     tl.store(at, tl.load(at, mask=here, other=0.0) + z.to(tl.float64), mask=here)
 
@@ -66,7 +69,7 @@ def update_all(states, z, arguments, row, there, column, inside, first, columns,
         one = states[k]
         argument = arguments[k]
         if SPECS[k][KIND] != SCORE:
-            seen = seen_by(z, argument, row, there, column, first, columns, tl.constexpr(SPECS[k]))
+            seen = seen_by(z, argument, row, there, column, inside, first, columns, tl.constexpr(SPECS[k]))
             if k == KEEP:
                 one = kept_block(one, z, seen, row, there, column, inside, keep, keep_stride, shift)
             elif SPECS[k][KIND] == EXTREME:
@@ -74,7 +77,8 @@ def update_all(states, z, arguments, row, there, column, inside, first, columns,
             else:
                 v = operand_of(z, argument, row, there, column, inside, tl.constexpr(SPECS[k]))
                 r = row_parameter(argument, row, there, tl.constexpr(SPECS[k]))
-                one = updated(one, z, v, seen, r, argument[FACTOR], argument[PARAMETER], tl.constexpr(SPECS[k]))
+                one = updated(one, z, v, seen, r, argument[FACTOR], argument[PARAMETER], argument[WEIGHT],
+                              tl.constexpr(SPECS[k]))  # fmt: skip
         result = result + (one,)
     return result
 
@@ -104,6 +108,7 @@ def statistics(data, stride, rows, columns, first, vectors, softcap, scale, argu
     """Merge a tile into the states of its rows; the statistic KEEP (−1: none) leaves its exponentials.
 
     `step` ≤ BLOCK columns at a time; part p of the grid's second axis takes `part_columns` of them, a multiple of step.
+    Where TRANSPOSED, the rows are the memory's columns: nothing else changes.
     """
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     there = row < rows
@@ -120,9 +125,9 @@ def statistics(data, stride, rows, columns, first, vectors, softcap, scale, argu
     for begin in range(part * part_columns, end, step):
         column = begin + tl.arange(0, BLOCK)
         inside = column < tl.minimum(end, begin + step)
-        at = data + row[:, None] * stride + column[None, :]
+        at = places(data, stride, row[:, None], column[None, :], HOW)
         a = tl.load(at, mask=there[:, None] & inside[None, :], other=-float("inf")).to(tl.float32)
-        z, _, _ = scores_of(a, vectors, softcap, scale, column, inside, HOW)
+        z, _, _ = scores_of(a, vectors, softcap, scale, row, there, column, inside, HOW)
         states = update_all(states, z, arguments, row, there, column, inside, first, columns, keep, keep_stride,
                             shift + wide(begin // step) * shift_stride, KEEP, SPECS)  # fmt: skip
     store_all(states, arguments, partial, part, tl.num_programs(1), row, rows, there, SPLIT, SPECS)

@@ -16,9 +16,21 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fusedloss.backends import triton_launch
-from fusedloss.backends.tile import Exponentials, Sums, Tile
-from fusedloss.relation import Rest
-from fusedloss.statistics import Count, Expectation, LogSumExp, Moments, Score, Sum, SumOf, SumOfSquares, TopK
+from fusedloss.backends.tile import Across, Exponentials, Sums, Tile
+from fusedloss.relation import Other, Rest, Same
+from fusedloss.statistics import (
+    LOG_FUNCTIONS,
+    Count,
+    Expectation,
+    LogSumExp,
+    LogSumExpOf,
+    Moments,
+    Score,
+    Sum,
+    SumOf,
+    SumOfSquares,
+    TopK,
+)
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -131,6 +143,68 @@ def launches(hip: bool):
         for how, tile in (("", plain), (" with options", options)):
             given = triton_launch.linear_launches(x, weight, tile, stats, states, keep, hip=hip)
             yield from ((name + how, launch) for launch in given)
+    yield from similarity_launches(hip)
+
+
+def similarity_launches(hip: bool):
+    """The same of a block of similarities: relations by label, functions under the logarithm, statistics of columns."""
+    rows, columns, depth = 4096, 8192, 1024
+    buffer, ids, classes = torch.empty(rows, columns), torch.zeros(rows, dtype=torch.int64), torch.zeros(columns).long()
+    half, scale, shift = buffer.view(torch.bfloat16)[:, :columns], torch.empty(()), torch.empty(columns)
+    tile = Tile(buffer, 0, None, None, shift, 0.0, scale)
+    limits = dict(above=torch.empty(rows), below=torch.empty(rows))
+    entropy = [LogSumExp(where=Rest(ids)), Score(ids)]
+    lists = {
+        "entropy": entropy,
+        "labels": [LogSumExp(where=Other(ids, classes)), Count(where=Same(ids, classes))],
+        "pairs": [LogSumExpOf("circle", where=Same(ids, classes, without=ids, **limits)), SumOf("softplus")],
+        "mined": [TopK(1, where=Other(ids, classes))],
+        **{name: [LogSumExpOf(name, row=torch.empty(rows))] for name in LOG_FUNCTIONS if name != "circle"},
+    }
+    across = {
+        "entropy": [LogSumExp(where=Rest(classes)), Score(classes)],
+        "labels": [LogSumExp(where=Other(classes, ids)), SumOf("softplus", where=Same(classes, ids))],
+        "others": [Expectation(), Moments(), SumOfSquares()],
+        "list": [TopK(5)],
+    }
+
+    def states(stats, count):
+        return [s.identity(count, "cpu") for s in stats]
+
+    def coefficients(stats, count):
+        return [torch.empty(count, s.outputs) for s in stats]
+
+    def sums(asked):
+        return triton_launch._ColumnSums(asked, rows, columns, torch.device("cpu"))
+
+    both = sums(Sums(class_shift=shift, scale=scale))
+    for name, stats in lists.items():
+        name, given = f"{name} with options", (stats, states(stats, rows))
+        yield from ((name, x) for x in triton_launch.statistics_launches(tile, *given))
+        given = tile, half, *given, coefficients(stats, rows), both
+        yield from ((name, x) for x in triton_launch.gradient_launches(*given))
+    for name, stats in across.items():
+        title, of_columns = f"{name} of columns", states(stats, columns)
+        launched = triton_launch.statistics_launches(tile, stats, of_columns, transposed=True)
+        yield from ((title, x) for x in launched)
+        beside = lists.get(name, entropy)
+        given = tile, half, beside, states(beside, rows), coefficients(beside, rows)
+        below = Across(stats, of_columns, coefficients(stats, columns))
+        for asked in (sums(Sums()), both):
+            yield from ((title, x) for x in triton_launch.gradient_launches(*given, asked, below))
+        if name == "entropy":
+            alone = tile, half, [], [], [], both, below
+            yield from ((title, x) for x in triton_launch.gradient_launches(*alone))
+    x, y = torch.empty(rows, depth, dtype=torch.bfloat16), torch.empty(columns, depth, dtype=torch.bfloat16)
+    for name in ("labels", "pairs"):
+        given = lists[name], states(lists[name], rows)
+        launched = triton_launch.linear_launches(x, y, tile, *given, hip=hip)
+        yield from ((f"{name} with options", launch) for launch in launched)
+    for name in ("entropy", "labels"):
+        for stats in (lists[name], []):
+            given = stats, states(stats, rows), None, across[name], states(across[name], columns)
+            launched = triton_launch.linear_launches(x, y, tile, *given, hip=hip)
+            yield from ((f"{name} of columns", launch) for launch in launched)
 
 
 if __name__ == "__main__":

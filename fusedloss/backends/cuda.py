@@ -115,9 +115,9 @@ def gradient_of_exponentials(
     )
 
 
-def fuses(stats: Sequence[S.Statistic], tile: Tile) -> bool:
+def fuses(stats: Sequence[S.Statistic], tile: Tile, across: Sequence[S.Statistic] = ()) -> bool:
     """Whether `linear_statistics` takes these; that one is Triton's."""
-    return triton.why_not() is None and triton.fuses(stats, tile)
+    return triton.why_not() is None and triton.fuses(stats, tile, across)
 
 
 def describe(dtype: torch.dtype) -> str:

@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from .. import __path__ as package_path
-from ..statistics import LogSumExpOf, Statistic
+from ..statistics import Statistic
 from .cublas import gemm as device_gemm
-from . import torch as plain
 from .tile import GPU_LIMITS, Across, Exponentials, Limits, Sums, Tile
 from .torch import gemm as plain_gemm
 from .torch import take_columns as take_columns
@@ -94,21 +93,12 @@ def statistics(
     tile: Tile, stats: Sequence[Statistic], states: Sequence[Tensor], keep: Exponentials | None = None
 ) -> None:
     """Merge the tile into the states, in place; with `keep`, also fill it in for `gradient_of_exponentials`."""
-    if not compiled(stats):
-        return plain.statistics(tile, stats, states, keep)
     _launcher().statistics(tile, stats, states, keep)
-
-
-def compiled(stats: Sequence[Statistic]) -> bool:
-    """Whether there are kernels for these."""
-    wheres = [getattr(s, "where", None) for s in stats]
-    plain = all(w is None or [name for name, _, _ in w.tensors()] == ["without"] for w in wheres)
-    return plain and not any(isinstance(s, LogSumExpOf) for s in stats)
 
 
 def column_statistics(tile: Tile, stats: Sequence[Statistic], states: Sequence[Tensor]) -> None:
     """Merge the tile into states of its columns; the statistics see it transposed."""
-    plain.column_statistics(tile, stats, states)
+    _launcher().column_statistics(tile, stats, states)
 
 
 def gradient(
@@ -121,9 +111,7 @@ def gradient(
     across: Across | None = None,
 ) -> None:
     """out = ∂L/∂a of the tile, given ∂L/∂value of every statistic; `out` may share the tile's memory."""
-    if across is not None or not compiled(stats):
-        return plain.gradient(tile, out, stats, states, coefficients, sums, across)
-    _launcher().gradient(tile, out, stats, states, coefficients, sums)
+    _launcher().gradient(tile, out, stats, states, coefficients, sums, across)
 
 
 def gradient_of_exponentials(
@@ -140,9 +128,10 @@ def gradient_of_exponentials(
 
 # --- GEMM and statistics in one --------------------------------------------------------------------------------------
 
-def fuses(stats: Sequence[Statistic], tile: Tile) -> bool:
+
+def fuses(stats: Sequence[Statistic], tile: Tile, across: Sequence[Statistic] = ()) -> bool:
     """Whether `linear_statistics` takes these: not lists of extremes, nor scores at more than a few columns."""
-    return compiled(stats) and _launcher().fuses(stats, tile)
+    return _launcher().fuses([*stats, *across])
 
 
 def linear_statistics(
@@ -152,9 +141,12 @@ def linear_statistics(
     stats: Sequence[Statistic],
     states: Sequence[Tensor],
     keep: Exponentials | None = None,
+    across: Sequence[Statistic] = (),
+    below: Sequence[Tensor] = (),
 ) -> None:
     """`statistics` of the scores x (n, D) @ weight (m, D)ᵀ, which are never in memory; `tile.data` is not read.
 
-    With `keep` (of LINEAR_KEPT_COLUMNS columns to a shift), exponentials are all that is written.
+    With `keep` (of LINEAR_KEPT_COLUMNS columns to a shift), exponentials are all that is written. `below` are the states
+    of statistics `across`, those of columns.
     """
-    _launcher().linear_statistics(x, weight, tile, stats, states, keep)
+    _launcher().linear_statistics(x, weight, tile, stats, states, keep, across, below)

@@ -8,10 +8,12 @@ from torch import Tensor
 
 from .. import statistics as S
 from ..kernels import words as W
+from ..relation import Where
 from .tile import Tile
 
 _FUNCTIONS = {"softplus": W.SOFTPLUS, "sigmoid": W.SIGMOID, "hinge": W.HINGE, "squared_hinge": W.SQUARED_HINGE,
-              "focal": W.FOCAL}  # fmt: skip
+              "focal": W.FOCAL, "log_tanh": W.LOG_TANH, "log_atan": W.LOG_ATAN, "log_relu": W.LOG_RELU,
+              "circle": W.CIRCLE}  # fmt: skip
 
 
 def _score(s: S.Score) -> dict:
@@ -40,6 +42,8 @@ _FIELDS = {
     S.Expectation: _expectation,
     S.SumOf: lambda s: {"kind": W.SUM_OF, "function": _FUNCTIONS[s.function], "row": s.row, "factor": s.factor,
                         "parameter": s.parameter},
+    S.LogSumExpOf: lambda s: {"kind": W.LOGSUMEXP_OF, "function": _FUNCTIONS[s.function], "row": s.row,
+                              "factor": s.factor, "parameter": s.parameter, "weight": s.weight},
     S.Extreme: lambda s: {"kind": W.EXTREME, "count": s.k, "factor": s.factor},
 }  # fmt: skip
 
@@ -60,19 +64,25 @@ def describe(s: S.Statistic, state: Tensor, coefficient: Tensor | None = None) -
     """(spec, arguments) of a statistic as words.py numbers them. What is missing is stood in for by the state."""
     assert state.is_contiguous() and state.dtype == torch.float64
     given = _FIELDS[type(s)](s)
-    where, operand, row = getattr(s, "where", None), _operand(given.get("operand")), given.get("row")
+    where = getattr(s, "where", None) or Where()
+    operand, row = _operand(given.get("operand")), given.get("row")
     form = W.NONE if operand is None else W.VECTOR if operand.dim() == 1 else W.MATRIX
     count = given.get("count", 1)
-    rest = state if where is None else where.without.to(torch.int64).contiguous()
-    spec = (given["kind"].value, given.get("function", W.NONE).value, int(where is not None), form.value,
-            int(row is not None), count, triton.next_power_of_2(count), given.get("shared", 0))  # fmt: skip
+    labels = W.NONE if where.row_label is None else W.SAME if where.same else W.OTHER
+    spec = (given["kind"].value, given.get("function", W.NONE).value, int(where.without is not None), form.value,
+            int(row is not None), count, triton.next_power_of_2(count), given.get("shared", 0),
+            labels.value, int(where.above is not None), int(where.below is not None))  # fmt: skip
+
+    def held(tensor: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return state if tensor is None else tensor.to(dtype).contiguous()
+
     arguments = (
-        *(state, rest, state if operand is None else operand),
+        *(state, held(where.without, torch.int64), state if operand is None else operand),
         operand.stride(0) if form == W.MATRIX else 0,
-        state if row is None else row.to(torch.float32).contiguous(),
-        given.get("at", state),
+        *(held(row, torch.float32), given.get("at", state)),
         *(float(given.get("factor", 1.0)), float(given.get("parameter", 0.0))),
-        state if coefficient is None else coefficient.to(torch.float32).contiguous(),
+        *(held(coefficient, torch.float32), held(where.row_label, torch.int64), held(where.column_label, torch.int64)),
+        *(held(where.above, torch.float32), held(where.below, torch.float32), float(given.get("weight", 1.0))),
     )
     return spec, arguments
 
@@ -84,7 +94,7 @@ def describe_all(stats, states, coefficients=None) -> tuple[tuple, tuple]:
     return tuple(spec for spec, _ in pairs), tuple(arguments for _, arguments in pairs)
 
 
-def way_of(tile: Tile, stand_in: Tensor) -> tuple[dict, tuple]:
+def way_of(tile: Tile, stand_in: Tensor, transposed: bool = False) -> tuple[dict, tuple]:
     """How raw scores become scores: arguments, and the tuple `HOW`. A scale in memory is read by the device only."""
     vectors = (tile.bias, tile.class_scale, tile.class_shift)
     given = tuple(stand_in if v is None else v.to(torch.float32).contiguous() for v in vectors)
@@ -92,5 +102,5 @@ def way_of(tile: Tile, stand_in: Tensor) -> tuple[dict, tuple]:
         how, scale = W.MEMORY, tile.scale
     else:
         how, scale = W.NONE if tile.scale == 1 else W.NUMBER, float(tile.scale)
-    flags = (*(int(v is not None) for v in vectors), int(tile.softcap != 0), how.value)
+    flags = (*(int(v is not None) for v in vectors), int(tile.softcap != 0), how.value, int(transposed))
     return {"vectors": given, "softcap": float(tile.softcap), "scale": scale}, flags
