@@ -21,7 +21,8 @@ void raise_if(int status) {
 }
 
 fl_tile make_tile(uintptr_t data, int64_t rows, int64_t columns, int64_t stride, int32_t dtype, int64_t first_column,
-                  float softcap, float scale, uintptr_t bias, uintptr_t class_scale, uintptr_t class_shift) {
+                  float softcap, float scale, uintptr_t bias, uintptr_t class_scale, uintptr_t class_shift,
+                  uintptr_t scale_pointer) {
   fl_tile t{};
   t.data = pointer<const void>(data);
   t.rows = rows;
@@ -34,6 +35,7 @@ fl_tile make_tile(uintptr_t data, int64_t rows, int64_t columns, int64_t stride,
   t.bias = pointer<const float>(bias);
   t.class_scale = pointer<const float>(class_scale);
   t.class_shift = pointer<const float>(class_shift);
+  t.scale_pointer = pointer<const float>(scale_pointer);
   return t;
 }
 
@@ -156,7 +158,8 @@ PYBIND11_MODULE(_native, m) {
   py::class_<fl_tile>(m, "Tile").def(
       py::init(&make_tile), py::kw_only(), py::arg("data"), py::arg("rows"), py::arg("columns"), py::arg("stride"),
       py::arg("dtype"), py::arg("first_column") = 0, py::arg("softcap") = 0.0f, py::arg("scale") = 1.0f,
-      py::arg("bias") = 0, py::arg("class_scale") = 0, py::arg("class_shift") = 0).def("__bytes__", &bytes_of<fl_tile>);
+      py::arg("bias") = 0, py::arg("class_scale") = 0, py::arg("class_shift") = 0, py::arg("scale_pointer") = 0)
+      .def("__bytes__", &bytes_of<fl_tile>);
   py::class_<fl_statistic>(m, "Statistic").def(
       py::init(&make_statistic), py::kw_only(), py::arg("kind"), py::arg("where") = (int)FL_ALL, py::arg("function") = 0,
       py::arg("count") = 1, py::arg("factor") = 1.0, py::arg("parameter") = 0.0, py::arg("rest") = 0, py::arg("at") = 0,

@@ -25,7 +25,13 @@ FL_FUNCTION const char* row_of(const void* data, int32_t dtype, int64_t stride, 
 }
 
 FL_FUNCTION bool is_plain(const fl_tile& t) {
-  return !t.bias && !t.class_scale && !t.class_shift && t.softcap == 0 && t.scale == 1;
+  return !t.bias && !t.class_scale && !t.class_shift && t.softcap == 0 && t.scale == 1 && !t.scale_pointer;
+}
+
+// The tile with its scale as a number: read once, for all of a thread's scores.
+FL_DEVICE fl_tile with_scale(fl_tile t) {
+  if (t.scale_pointer) t.scale = *t.scale_pointer;
+  return t;
 }
 
 // Window `number` of a row that begins at `row`, of `step` columns; with step 0, of as many as the threads hold, `room`,

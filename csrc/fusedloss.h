@@ -22,6 +22,7 @@ typedef struct {
   int32_t dtype;             // fl_dtype
   float softcap, scale;
   const float *bias, *class_scale, *class_shift;
+  const float* scale_pointer;   // on a device: null, or where to read `scale`, which the host then need not wait for
 } fl_tile;
 
 typedef enum {               // state (doubles per row; merged into, so start from the identity)   value

@@ -128,7 +128,7 @@ FL_DEVICE void store_sums(float* to, const Pass& p, const Window& w, const float
 
 template <bool with_sums, bool of_exponentials>
 __global__ void __launch_bounds__(most_threads, 2) gradient_kernel(const __grid_constant__ Pass p) {
-  const fl_tile& t = p.tile;
+  const fl_tile t = with_scale(p.tile);
   const int64_t first_row = (int64_t)blockIdx.x * p.rows_each;
   const int64_t end_row = first_row + p.rows_each < t.rows ? first_row + p.rows_each : t.rows;
   const int64_t first_window = p.in_rows ? 0 : blockIdx.y, end_window = p.in_rows ? p.windows : first_window + 1;

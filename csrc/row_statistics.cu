@@ -47,13 +47,13 @@ FL_DEVICE void clear_partial(const Pass& p, int64_t row, int split) {
 // ---- statistics that pick columns ----------------------------------------------------------------------------------
 
 // Single scores are read where they lie, before anything is kept in the tile.
-FL_DEVICE void push_scores(const Pass& p, const fl_statistic& k, const char* data, int64_t row, int64_t first,
+FL_DEVICE void push_scores(const fl_tile& t, const fl_statistic& k, const char* data, int64_t row, int64_t first,
                            int64_t end, double* state) {
   for (int c = threadIdx.x; c < k.count; c += blockDim.x) {
-    const int64_t at = k.at[row * k.at_stride + c], place = at - p.tile.first_column;
+    const int64_t at = k.at[row * k.at_stride + c], place = at - t.first_column;
     if (at < 0 || place < first || place >= end) continue;
     float slope, cap;
-    state[c] += score_of(p.tile, place, load_one(data, p.tile.dtype, place), slope, cap);
+    state[c] += score_of(t, place, load_one(data, t.dtype, place), slope, cap);
   }
 }
 
@@ -138,7 +138,7 @@ FL_DEVICE void push(const F& f, double factor, const float* z, const float* v, u
 
 // Any statistics.
 __global__ void __launch_bounds__(most_threads, 2) statistics_kernel(const __grid_constant__ Pass p) {
-  const fl_tile& t = p.tile;
+  const fl_tile t = with_scale(p.tile);
   const int64_t row = blockIdx.x;
   const int split = blockIdx.y;
   const char* data = row_of(t.data, t.dtype, t.stride, row);
@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(most_threads, 2) statistics_kernel(const __gri
       const fl_statistic& k = p.statistics[i];
       double* state = state_of(p, i, row, split);
       if (k.kind == FL_SCORE) {
-        push_scores(p, k, data, row, w.origin + w.low, w.origin + w.high, state);
+        push_scores(t, k, data, row, w.origin + w.low, w.origin + w.high, state);
         continue;
       }
       const uint32_t counts = Scores::counting(k, row, t.first_column, w, z);
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(most_threads, 2) statistics_kernel(const __gri
 // barrier. Stores of a window therefore fall on scores of this window and of those to its left only, all of them read.
 template <bool plain>
 __global__ void __launch_bounds__(most_threads, 3) softmax_kernel(const __grid_constant__ Pass p) {
-  const fl_tile& t = p.tile;
+  const fl_tile t = with_scale(p.tile);
   const fl_statistic& k = p.statistics[p.softmax];
   const int64_t row = blockIdx.x;
   const int split = blockIdx.y;
@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(most_threads, 3) softmax_kernel(const __grid_c
     for (int i = 0; i < p.count; ++i) {
       const fl_statistic& other = p.statistics[i];
       double* state = state_of(p, i, row, split);
-      if (other.kind == FL_SCORE) push_scores(p, other, data, row, w.origin + w.low, w.origin + w.high, state);
+      if (other.kind == FL_SCORE) push_scores(t, other, data, row, w.origin + w.low, w.origin + w.high, state);
       if (other.kind == FL_COUNT) {
         float v[Scores::size];
         Scores::load_operand(other, row, w, v);

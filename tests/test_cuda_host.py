@@ -289,7 +289,8 @@ def test_backend_is_what_torch_says(backend, dtype):
     data = (torch.randn(rows, columns) * 2).to(dtype)
     data[1, 7] = -INF
     vectors = dict(bias=torch.randn(columns), class_scale=torch.rand(columns) + 0.5, class_shift=torch.randn(columns))
-    for stats, options in itertools.product(random_statistics(rows, columns), ({}, dict(scale=0.7, **vectors))):
+    ways = {}, dict(scale=0.7, **vectors), dict(scale=torch.tensor(1.3)), dict(scale=torch.tensor(-0.7), **vectors)
+    for stats, options in itertools.product(random_statistics(rows, columns), ways):
         tile = Tile(data, **options)
         states = [[s.identity(rows, data.device) for s in stats] for _ in range(2)]
         for which, mine in zip((backend, meaning), states):
@@ -396,9 +397,8 @@ def test_what_the_device_refuses(kernels):
         kernels.statistics(tile.native(), [kept, T.make("sum", 3, 40).native()])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("schedule, smoothing", [("eager", 0.0), ("eager", 0.1), ("recompute", 0.1)])
-def test_a_whole_loss(backend, monkeypatch, schedule, smoothing, dtype):
+@pytest.fixture
+def live(backend, monkeypatch):
     """The engine on top of it all, with a GPU's limits: exponentials kept in the fp32 tile, several shifts to a row."""
     limits = dataclasses.replace(backend.limits(None), kept_columns=512)
     for name, value in (
@@ -409,11 +409,33 @@ def test_a_whole_loss(backend, monkeypatch, schedule, smoothing, dtype):
     ):
         monkeypatch.setattr(backend, name, value)
     monkeypatch.setattr(backends, "BACKENDS", (backend, meaning))
+    return backend
+
+
+@small
+def test_a_learnable_scale_is_not_waited_for(live, monkeypatch):
+    waited, item = [], torch.Tensor.item
+    monkeypatch.setattr(torch.Tensor, "item", lambda t: (waited.append(t.data_ptr()), item(t))[1])
+    x, y, target = torch.randn(40, 16), torch.randn(300, 16) / 2, torch.randint(0, 300, (40,))
+    results = []
+    for dtype, name in ((torch.float32, "cuda"), (torch.float64, "torch")):
+        leaves = [t.to(dtype).requires_grad_() for t in (x, y, torch.tensor(1.7))]
+        scores = fusedloss.linear_scores(leaves[0], leaves[1], scale=leaves[2], backend=name)
+        loss = fusedloss.cross_entropy(scores, target)
+        results.append((loss, *torch.autograd.grad(loss, leaves)))
+        assert leaves[2].data_ptr() not in waited
+    for got, expected in zip(*results):
+        assert (got.double() - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("schedule, smoothing", [("eager", 0.0), ("eager", 0.1), ("recompute", 0.1)])
+def test_a_whole_loss(live, monkeypatch, schedule, smoothing, dtype):
     x, w, target = torch.randn(40, 16), torch.randn(1500, 16) / 2, torch.randint(0, 1500, (40,))
     target[3] = -100
     passes = []
     for name in ("gradient", "gradient_of_exponentials"):
-        monkeypatch.setattr(backend, name, lambda *a, name=name, run=getattr(backend, name): (passes.append(name), run(*a)))
+        monkeypatch.setattr(live, name, lambda *a, name=name, run=getattr(live, name): (passes.append(name), run(*a)))
     gradients = []
     for type, how in ((dtype, dict(schedule=schedule, backend="cuda")), (torch.float64, dict(backend="torch"))):
         leaves = [each.to(dtype).to(type).requires_grad_() for each in (x, w)]

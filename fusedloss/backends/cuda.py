@@ -17,6 +17,7 @@ from .tile import Across, Exponentials, Sums, Tile
 from .triton import limits, linear_statistics  # noqa: F401 (of this backend too: nothing of the product is compiled)
 
 name = "cuda"
+reads_scale = True  # a learnable scale is read by the device, without a wait
 
 
 def why_not() -> str | None:

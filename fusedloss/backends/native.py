@@ -25,6 +25,8 @@ def address(tensor: Tensor | None) -> int:
 
 
 def native_tile(tile: Tile):
+    in_memory = isinstance(tile.scale, Tensor)  # for a device to read
+    assert not in_memory or tile.scale.dtype == torch.float32
     return _native.Tile(
         data=tile.data.data_ptr(),
         rows=tile.data.shape[0],
@@ -33,7 +35,8 @@ def native_tile(tile: Tile):
         dtype=DTYPES[tile.data.dtype],
         first_column=tile.first,
         softcap=tile.softcap,
-        scale=tile.scale,
+        scale=1.0 if in_memory else tile.scale,
+        scale_pointer=address(tile.scale if in_memory else None),
         bias=address(tile.bias),
         class_scale=address(tile.class_scale),
         class_shift=address(tile.class_shift),
