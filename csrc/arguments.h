@@ -13,6 +13,8 @@ struct Abilities {
   int32_t statistics;          // in one pass
   int64_t kept_columns;        // most columns to a shift
   int64_t shifts;              // most shifts to a row
+  int32_t last_kind;           // fl_kind
+  int32_t where;               // fl_where that it knows, or-ed
 };
 
 inline thread_local char error_text[256];
@@ -35,6 +37,7 @@ inline int check_tile(const fl_tile* t) {
   if (!t->data && t->rows > 0 && t->columns > 0) return fail("tile data is null");
   if (!is_dtype(t->dtype)) return fail("tile dtype %d is unknown", t->dtype);
   if (t->first_column < 0) return fail("tile first_column is %lld, expected >= 0", (long long)t->first_column);
+  if (t->first_row < 0) return fail("tile first_row is %lld, expected >= 0", (long long)t->first_row);
   if (!(t->softcap >= 0) || std::isinf(t->softcap)) return fail("tile softcap is %g, expected 0 or more", t->softcap);
   return 0;
 }
@@ -56,11 +59,23 @@ inline int check_keep(int32_t i, const fl_statistic& k, const fl_tile& t, const 
   return 0;
 }
 
+inline int check_where(int32_t i, const fl_statistic& k, int64_t rows, int64_t columns, const Abilities& able) {
+  const bool labelled = k.where & (FL_SAME | FL_OTHER), any_rows = rows > 0;
+  if ((k.where & ~able.where) || ((k.where & FL_SAME) && (k.where & FL_OTHER)))
+    return fail("statistic %d: where %d is unknown", i, k.where);
+  if ((k.where & FL_REST) && !k.rest && any_rows) return fail("statistic %d: FL_REST without rest", i);
+  if (labelled && ((!k.row_label && any_rows) || (!k.column_label && columns > 0)))
+    return fail("statistic %d: FL_SAME or FL_OTHER without labels", i);
+  if ((k.where & FL_ABOVE) && !k.above && any_rows) return fail("statistic %d: FL_ABOVE without above", i);
+  if ((k.where & FL_BELOW) && !k.below && any_rows) return fail("statistic %d: FL_BELOW without below", i);
+  return 0;
+}
+
 inline int check_statistic(int32_t i, const fl_statistic& k, const fl_tile& t, bool differentiated,
                            const Abilities& able) {
   const bool counted = k.kind == FL_SCORE || k.kind == FL_EXTREME, any_rows = t.rows > 0;
-  if (k.kind < FL_SCORE || k.kind > FL_COUNT) return fail("statistic %d: kind %d is unknown", i, k.kind);
-  if (k.where != FL_ALL && k.where != FL_REST) return fail("statistic %d: where %d is unknown", i, k.where);
+  if (k.kind < FL_SCORE || k.kind > able.last_kind) return fail("statistic %d: kind %d is unknown", i, k.kind);
+  if (int status = check_where(i, k, t.rows, t.columns, able)) return status;
   if (counted ? k.count < 0 : k.count != 1) return fail("statistic %d: count is %d", i, k.count);
   if (k.kind == FL_EXPECTATION && (k.function < FL_V_OPERAND || k.function > FL_V_SQUARE))
     return fail("statistic %d: fl_expectation %d is unknown", i, k.function);
@@ -68,6 +83,8 @@ inline int check_statistic(int32_t i, const fl_statistic& k, const fl_tile& t, b
     return fail("statistic %d: fl_function %d is unknown", i, k.function);
   if (k.kind == FL_SUM_OF && k.function == FL_F_FOCAL && !(k.parameter >= 0))
     return fail("statistic %d: the focal exponent is %g, expected >= 0", i, k.parameter);
+  if (k.kind == FL_LOGSUMEXP_OF && (k.function < FL_G_LOG_TANH || k.function > FL_G_CIRCLE))
+    return fail("statistic %d: fl_log_function %d is unknown", i, k.function);
   if (k.kind == FL_EXTREME && std::fabs(k.factor) != 1)
     return fail("statistic %d: the factor of FL_EXTREME is %g, expected 1 or -1", i, k.factor);
   if (k.kind == FL_EXPECTATION && k.function != FL_V_SCORE && !k.operand && any_rows)
@@ -75,7 +92,6 @@ inline int check_statistic(int32_t i, const fl_statistic& k, const fl_tile& t, b
   if (k.operand && !is_dtype(k.operand_dtype))
     return fail("statistic %d: operand_dtype %d is unknown", i, k.operand_dtype);
   if (k.kind == FL_SCORE && k.count > 0 && !k.at && any_rows) return fail("statistic %d: FL_SCORE without columns", i);
-  if (k.where == FL_REST && !k.rest && any_rows) return fail("statistic %d: FL_REST without rest", i);
   if (counted && k.count == 0) return 0;
   if (!k.state && any_rows) return fail("statistic %d: state is null", i);
   if (k.keep && !differentiated)
@@ -92,6 +108,19 @@ inline int check(const fl_tile* tile, const fl_statistic* statistics, int32_t co
   for (int32_t i = 0; i < count; ++i)
     if (int status = check_statistic(i, statistics[i], *tile, differentiated, able)) return status;
   return 0;
+}
+
+// The same for statistics of columns: those of the rows of the transposed tile.
+inline int check_across(const fl_tile* tile, const fl_statistic* statistics, int32_t count, bool differentiated,
+                        const Abilities& able) {
+  if (int status = check_tile(tile)) return status;
+  fl_tile transposed = *tile;
+  transposed.rows = tile->columns, transposed.columns = tile->rows;
+  for (int32_t i = 0; i < count && statistics; ++i) {
+    if (statistics[i].operand_stride) return fail("statistic %d: the operand of a column's statistic is a vector", i);
+    if (statistics[i].keep) return fail("statistic %d: only statistics of rows keep exponentials", i);
+  }
+  return check(&transposed, statistics, count, differentiated, able);
 }
 
 // Where fl_gradient writes to. A tile without entries has nothing to write.

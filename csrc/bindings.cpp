@@ -21,14 +21,15 @@ void raise_if(int status) {
 }
 
 fl_tile make_tile(uintptr_t data, int64_t rows, int64_t columns, int64_t stride, int32_t dtype, int64_t first_column,
-                  float softcap, float scale, uintptr_t bias, uintptr_t class_scale, uintptr_t class_shift,
-                  uintptr_t scale_pointer) {
+                  int64_t first_row, float softcap, float scale, uintptr_t bias, uintptr_t class_scale,
+                  uintptr_t class_shift, uintptr_t scale_pointer) {
   fl_tile t{};
   t.data = pointer<const void>(data);
   t.rows = rows;
   t.columns = columns;
   t.stride = stride;
   t.first_column = first_column;
+  t.first_row = first_row;
   t.dtype = dtype;
   t.softcap = softcap;
   t.scale = scale;
@@ -40,10 +41,11 @@ fl_tile make_tile(uintptr_t data, int64_t rows, int64_t columns, int64_t stride,
 }
 
 fl_statistic make_statistic(int32_t kind, int32_t where, int32_t function, int32_t count, double factor,
-                            double parameter, uintptr_t rest, uintptr_t at, int64_t at_stride, uintptr_t operand,
-                            int64_t operand_stride, int32_t operand_dtype, uintptr_t row, uintptr_t state,
-                            uintptr_t coefficient, uintptr_t keep, int64_t keep_stride, int32_t keep_dtype,
-                            int64_t keep_block, uintptr_t keep_shift) {
+                            double parameter, double weight, uintptr_t rest, uintptr_t row_label,
+                            uintptr_t column_label, uintptr_t above, uintptr_t below, uintptr_t at, int64_t at_stride,
+                            uintptr_t operand, int64_t operand_stride, int32_t operand_dtype, uintptr_t row,
+                            uintptr_t state, uintptr_t coefficient, uintptr_t keep, int64_t keep_stride,
+                            int32_t keep_dtype, int64_t keep_block, uintptr_t keep_shift) {
   fl_statistic s{};
   s.keep = pointer<void>(keep);
   s.keep_stride = keep_stride;
@@ -56,7 +58,12 @@ fl_statistic make_statistic(int32_t kind, int32_t where, int32_t function, int32
   s.count = count;
   s.factor = factor;
   s.parameter = parameter;
+  s.weight = weight;
   s.rest = pointer<const int64_t>(rest);
+  s.row_label = pointer<const int64_t>(row_label);
+  s.column_label = pointer<const int64_t>(column_label);
+  s.above = pointer<const float>(above);
+  s.below = pointer<const float>(below);
   s.at = pointer<const int64_t>(at);
   s.at_stride = at_stride;
   s.operand = pointer<const void>(operand);
@@ -82,12 +89,22 @@ void statistics(const fl_tile& tile, const std::vector<fl_statistic>& wanted) {
   raise_if(status);
 }
 
-void gradient(const fl_tile& tile, uintptr_t out, int64_t out_stride, int32_t out_dtype,
-              const std::vector<fl_statistic>& wanted, const fl_sums* sums) {
+void column_statistics(const fl_tile& tile, const std::vector<fl_statistic>& wanted) {
   int status;
   {
     py::gil_scoped_release released;
-    status = fl_gradient(&tile, pointer<void>(out), out_stride, out_dtype, wanted.data(), (int32_t)wanted.size(), sums);
+    status = fl_column_statistics(&tile, wanted.data(), (int32_t)wanted.size());
+  }
+  raise_if(status);
+}
+
+void gradient(const fl_tile& tile, uintptr_t out, int64_t out_stride, int32_t out_dtype,
+              const std::vector<fl_statistic>& wanted, const fl_sums* sums, const std::vector<fl_statistic>& across) {
+  int status;
+  {
+    py::gil_scoped_release released;
+    status = fl_gradient(&tile, pointer<void>(out), out_stride, out_dtype, wanted.data(), (int32_t)wanted.size(),
+                         across.data(), (int32_t)across.size(), sums);
   }
   raise_if(status);
 }
@@ -157,13 +174,14 @@ PYBIND11_MODULE(_native, m) {
 
   py::class_<fl_tile>(m, "Tile").def(
       py::init(&make_tile), py::kw_only(), py::arg("data"), py::arg("rows"), py::arg("columns"), py::arg("stride"),
-      py::arg("dtype"), py::arg("first_column") = 0, py::arg("softcap") = 0.0f, py::arg("scale") = 1.0f,
-      py::arg("bias") = 0, py::arg("class_scale") = 0, py::arg("class_shift") = 0, py::arg("scale_pointer") = 0)
-      .def("__bytes__", &bytes_of<fl_tile>);
+      py::arg("dtype"), py::arg("first_column") = 0, py::arg("first_row") = 0, py::arg("softcap") = 0.0f,
+      py::arg("scale") = 1.0f, py::arg("bias") = 0, py::arg("class_scale") = 0, py::arg("class_shift") = 0,
+      py::arg("scale_pointer") = 0).def("__bytes__", &bytes_of<fl_tile>);
   py::class_<fl_statistic>(m, "Statistic").def(
       py::init(&make_statistic), py::kw_only(), py::arg("kind"), py::arg("where") = (int)FL_ALL, py::arg("function") = 0,
-      py::arg("count") = 1, py::arg("factor") = 1.0, py::arg("parameter") = 0.0, py::arg("rest") = 0, py::arg("at") = 0,
-      py::arg("at_stride") = 1, py::arg("operand") = 0, py::arg("operand_stride") = 0,
+      py::arg("count") = 1, py::arg("factor") = 1.0, py::arg("parameter") = 0.0, py::arg("weight") = 1.0,
+      py::arg("rest") = 0, py::arg("row_label") = 0, py::arg("column_label") = 0, py::arg("above") = 0,
+      py::arg("below") = 0, py::arg("at") = 0, py::arg("at_stride") = 1, py::arg("operand") = 0, py::arg("operand_stride") = 0,
       py::arg("operand_dtype") = (int)FL_F32, py::arg("row") = 0, py::arg("state") = 0, py::arg("coefficient") = 0,
       py::arg("keep") = 0, py::arg("keep_stride") = 0, py::arg("keep_dtype") = (int)FL_F32,
       py::arg("keep_block") = FL_KEPT_COLUMNS, py::arg("keep_shift") = 0).def("__bytes__", &bytes_of<fl_statistic>);
@@ -172,8 +190,9 @@ PYBIND11_MODULE(_native, m) {
       .def("__bytes__", &bytes_of<fl_sums>);
 
   m.def("statistics", &statistics, py::arg("tile"), py::arg("statistics"));
+  m.def("column_statistics", &column_statistics, py::arg("tile"), py::arg("statistics"));
   m.def("gradient", &gradient, py::arg("tile"), py::arg("out"), py::arg("out_stride"), py::arg("out_dtype"),
-        py::arg("statistics"), py::arg("sums") = py::none());
+        py::arg("statistics"), py::arg("sums") = py::none(), py::arg("across") = std::vector<fl_statistic>());
   m.def("gradient_of_exponentials", &gradient_of_exponentials, py::arg("tile"), py::arg("statistics"),
         py::arg("sums") = py::none());
   m.def("take_columns", &take_columns, py::arg("data"), py::arg("rows"), py::arg("stride"), py::arg("dtype"),
@@ -197,10 +216,11 @@ PYBIND11_MODULE(_native, m) {
 #define FL_CONSTANT(name) m.attr(#name) = (int)FL_##name;
   FL_CONSTANT(F32) FL_CONSTANT(BF16) FL_CONSTANT(F16)
   FL_CONSTANT(SCORE) FL_CONSTANT(LOGSUMEXP) FL_CONSTANT(SUM) FL_CONSTANT(SUM_OF_SQUARES) FL_CONSTANT(MOMENTS)
-  FL_CONSTANT(EXPECTATION) FL_CONSTANT(SUM_OF) FL_CONSTANT(EXTREME) FL_CONSTANT(COUNT)
-  FL_CONSTANT(ALL) FL_CONSTANT(REST)
+  FL_CONSTANT(EXPECTATION) FL_CONSTANT(SUM_OF) FL_CONSTANT(EXTREME) FL_CONSTANT(COUNT) FL_CONSTANT(LOGSUMEXP_OF)
+  FL_CONSTANT(ALL) FL_CONSTANT(REST) FL_CONSTANT(SAME) FL_CONSTANT(OTHER) FL_CONSTANT(ABOVE) FL_CONSTANT(BELOW)
   FL_CONSTANT(V_OPERAND) FL_CONSTANT(V_SCORE) FL_CONSTANT(V_ABSOLUTE) FL_CONSTANT(V_SQUARE)
   FL_CONSTANT(F_SOFTPLUS) FL_CONSTANT(F_SIGMOID) FL_CONSTANT(F_HINGE) FL_CONSTANT(F_SQUARED_HINGE) FL_CONSTANT(F_FOCAL)
+  FL_CONSTANT(G_LOG_TANH) FL_CONSTANT(G_LOG_ATAN) FL_CONSTANT(G_LOG_RELU) FL_CONSTANT(G_CIRCLE)
 #undef FL_CONSTANT
   m.attr("KEPT_COLUMNS") = FL_KEPT_COLUMNS;
   m.attr("CUDA_KEPT_COLUMNS") = FL_CUDA_KEPT_COLUMNS;

@@ -21,7 +21,7 @@ using fl::check;
 using fl::fail;
 using fl::is_dtype;
 
-constexpr fl::Abilities able = {fl::most_statistics, FL_KEPT_COLUMNS, 1};
+constexpr fl::Abilities able = {fl::most_statistics, FL_KEPT_COLUMNS, 1, FL_COUNT, FL_REST};
 
 // ---- instruction sets ----------------------------------------------------------------------------------------------
 
@@ -157,9 +157,16 @@ int fl_statistics(const fl_tile* tile, const fl_statistic* statistics, int32_t c
   return 0;
 }
 
+int fl_column_statistics(const fl_tile* tile, const fl_statistic* statistics, int32_t count) {
+  if (int status = fl::check_across(tile, statistics, count, false, able)) return status;
+  return fail("no kernels for statistics of columns yet");
+}
+
 int fl_gradient(const fl_tile* tile, void* out, int64_t out_stride, int32_t out_dtype, const fl_statistic* statistics,
-                int32_t count, const fl_sums* sums) {
+                int32_t count, const fl_statistic* across, int32_t across_count, const fl_sums* sums) {
   if (int status = check(tile, statistics, count, true, able)) return status;
+  if (int status = fl::check_across(tile, across, across_count, true, able)) return status;
+  if (across_count) return fail("no kernels for statistics of columns yet");
   if (int status = fl::check_out(*tile, out, out_stride, out_dtype)) return status;
   if (tile->rows == 0 || tile->columns == 0) return 0;
   return split_with_sums(*tile, sums, [&](const RowKernels& kernels, int64_t first, int64_t end, ColumnSums& own) {

@@ -1,7 +1,8 @@
 // The whole native surface of fusedloss on one page: plain C, raw pointers, no torch, no Python.
 //
-// A tile is a block of score rows in memory. Two primitives read it: fl_statistics merges it into per-row
-// states, fl_gradient turns it into the gradient of a loss whose derivatives in those statistics are given.
+// A tile is a block of score rows in memory. Three primitives read it: fl_statistics merges it into per-row states,
+// fl_column_statistics into per-column ones, fl_gradient turns it into the gradient of a loss whose derivatives in those
+// statistics are given.
 // Everything is caller-allocated. Status 0 is success; otherwise fl_error() says what was wrong (per thread).
 #pragma once
 #include <stdint.h>
@@ -15,10 +16,11 @@ typedef enum { FL_F32 = 0, FL_BF16 = 1, FL_F16 = 2 } fl_dtype;
 // Scores as stored (a) and as meant (z):
 //   z_ij = class_scale_j * scale * cap(a_ij + bias_j) + class_shift_j,   cap(t) = softcap * tanh(t / softcap)
 // and z = -inf where a = -inf. Null pointers and softcap = 0 leave their step out. `columns` counts this tile's columns; the first of them is
-// class `first_column`; the class vectors below start at that class too.
+// class `first_column`; the class vectors below start at that class too. The first row is row `first_row` of the scores,
+// which only statistics of columns ask for.
 typedef struct {
   const void* data;          // rows x columns, row stride `stride` elements, columns contiguous
-  int64_t rows, columns, stride, first_column;
+  int64_t rows, columns, stride, first_column, first_row;
   int32_t dtype;             // fl_dtype
   float softcap, scale;
   const float *bias, *class_scale, *class_shift;
@@ -37,9 +39,18 @@ typedef enum {               // state (doubles per row; merged into, so start fr
                              //   order of factor*z, ties to the lowest column: count scores z, then count columns.
                              //   identity: z = -factor*inf, column = -1
   FL_COUNT = 8,              // [1] columns that count and whose operand_j is not 0, identity 0; no gradient
+  FL_LOGSUMEXP_OF = 9,       // [3] m, s, t: sum e_j and sum e_j g'(u_j), e_j = e^{weight g(u_j) - m}, with     m + log s
+                             //   u_j = factor (z_j - row_i), identity (-inf, 0, 0); columns of g = -inf are skipped
 } fl_kind;
 
-typedef enum { FL_ALL = 0, FL_REST = 1 } fl_where;   // REST: every column but rest_i. Scores of -inf are always skipped.
+typedef enum {               // The columns that a statistic looks at: all conditions hold. Scores of -inf are always skipped.
+  FL_ALL = 0,
+  FL_REST = 1,               // j is not rest_i
+  FL_SAME = 2,               // row_label_i = column_label_j
+  FL_OTHER = 4,              // row_label_i != column_label_j
+  FL_ABOVE = 8,              // not z_ij <= above_i: NaN is looked at
+  FL_BELOW = 16,             // not z_ij >= below_i
+} fl_where;
 
 typedef enum {               // v_j of FL_EXPECTATION
   FL_V_OPERAND = 0,          // operand_j
@@ -56,11 +67,24 @@ typedef enum {               // f(u) of FL_SUM_OF
   FL_F_FOCAL = 4,            // softplus(u) * sigmoid(u)^parameter : one sigmoid focal term, u = -score of a positive
 } fl_function;
 
+typedef enum {               // g(u) of FL_LOGSUMEXP_OF
+  FL_G_LOG_TANH = 0,         // log(1 + tanh u)
+  FL_G_LOG_ATAN = 1,         // log(1 + atan u), skipped where atan u <= -1
+  FL_G_LOG_RELU = 2,         // log max(0, 1 + u), skipped where u <= -1
+  FL_G_CIRCLE = 3,           // max(0, u + parameter) (u - parameter), of derivative g'(u) = max(0, u + parameter)
+} fl_log_function;
+
+// Statistics of columns, in fl_column_statistics and as fl_gradient's `across`, are those of the rows of the transposed
+// tile: what has an entry per row (rest, at, row_label, above, below, row, state, coefficient) has one per tile column,
+// what has one per column (column_label, operand) one per tile row, and rest and at are rows, counted as `first_row` does.
 typedef struct {
-  int32_t kind, where, function;   // function: fl_expectation or fl_function where the kind has one
+  int32_t kind, where, function;   // where: fl_where, or-ed; function: that of the kind, where it has one
   int32_t count;                   // columns wanted (FL_SCORE), k (FL_EXTREME), else 1
-  double factor, parameter;
+  double factor, parameter, weight;
   const int64_t* rest;             // rows: the column left out (FL_REST), < 0 for none; class ids, not tile columns
+  const int64_t* row_label;        // rows
+  const int64_t* column_label;     // columns of this tile
+  const float *above, *below;      // rows
   const int64_t* at;               // FL_SCORE: class ids, row stride at_stride (0: shared by the rows); < 0: no column, z = 0
   int64_t at_stride;
   const void* operand;             // class vector (operand_stride 0) or rows x columns matrix, dtype operand_dtype
@@ -80,6 +104,9 @@ typedef struct {
 // Merge the tile into every statistic's state. Rows are split statically over OpenMP threads: same bits each time.
 int fl_statistics(const fl_tile* tile, const fl_statistic* statistics, int32_t count);
 
+// The same for statistics of columns. An operand is a vector; nothing is kept. Here threads own columns.
+int fl_column_statistics(const fl_tile* tile, const fl_statistic* statistics, int32_t count);
+
 // What fl_gradient may gather beside the tile; null pointers are left out. All are added to, never cleared.
 typedef struct {
   float* bias;               // columns: sum_i of dL/da_ij
@@ -89,11 +116,13 @@ typedef struct {
   float* largest;            // columns: max_i |dL/da_ij| (maximised into)
 } fl_sums;
 
-// out_ij = dL/da_ij = dz/da * sum_k coefficient_k * psi_k(z_ij). `out` may be the tile itself, also with a narrower
-// out_dtype (same starting address and row pitch in bytes: a bf16 row then fills the first half of its fp32 row).
-// Entries whose score is -inf get exactly 0; rows whose coefficients are all 0 get exactly 0.
+// out_ij = dL/da_ij = dz/da * sum_k coefficient_k * psi_k(z_ij), over the statistics of rows and, in `across`, of columns.
+// `out` may be the tile itself, also with a narrower out_dtype (same starting address and row pitch in bytes: a bf16 row
+// then fills the first half of its fp32 row). Entries whose score is -inf get exactly 0; rows and columns whose
+// coefficients are all 0 add exactly 0.
 int fl_gradient(const fl_tile* tile, void* out, int64_t out_stride, int32_t out_dtype,
-                const fl_statistic* statistics, int32_t count, const fl_sums* sums);
+                const fl_statistic* statistics, int32_t count, const fl_statistic* across, int32_t across_count,
+                const fl_sums* sums);
 
 #define FL_KEPT_COLUMNS 2048        // to a shift, on the host
 #define FL_CUDA_KEPT_COLUMNS 4096   // to a shift, on a device

@@ -234,7 +234,7 @@ __global__ void __launch_bounds__(most_threads) join_kernel(const __grid_constan
 
 // ---- on the host ---------------------------------------------------------------------------------------------------
 
-constexpr Abilities able = {FL_CUDA_STATISTICS, FL_CUDA_KEPT_COLUMNS, INT64_MAX};
+constexpr Abilities able = {FL_CUDA_STATISTICS, FL_CUDA_KEPT_COLUMNS, INT64_MAX, FL_COUNT, FL_REST};
 
 bool any(const fl_sums& s) { return s.bias || s.class_shift || s.class_scale || s.scale || s.largest; }
 

@@ -12,7 +12,7 @@ from .. import statistics as S
 from . import triton
 from .cublas import gemm  # noqa: F401
 from . import torch as plain
-from .native import DTYPES, _native, arguments, compiled, load_error, native_sums, native_tile
+from .native import DTYPES, _native, arguments, by_class, compiled, load_error, native_sums, native_tile
 from .tile import Across, Exponentials, Sums, Tile
 from .triton import limits, linear_statistics  # noqa: F401 (of this backend too: nothing of the product is compiled)
 
@@ -60,7 +60,7 @@ def statistics(
     tile: Tile, stats: Sequence[S.Statistic], states: Sequence[Tensor], keep: Exponentials | None = None
 ) -> None:
     """Merge the tile into the states, in place; with `keep`, also fill it in for `gradient_of_exponentials`."""
-    if not compiled(stats):
+    if not (compiled(stats) and by_class(stats)):
         return plain.statistics(tile, stats, states, keep)
     given = arguments(stats, states, kept=keep)
     what = native_tile(tile), [a.native for a in given]
@@ -86,7 +86,7 @@ def gradient(
     across: Across | None = None,
 ) -> None:
     """out = ∂L/∂a of the tile, given ∂L/∂value of every statistic; `out` may share the tile's memory."""
-    if across is not None or not compiled(stats):
+    if across is not None or not (compiled(stats) and by_class(stats)):
         return plain.gradient(tile, out, stats, states, coefficients, sums, across)
     given = arguments(stats, states, coefficients)
     what = [a.native for a in given], native_sums(sums)

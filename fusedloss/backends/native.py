@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import statistics as S
+from ..relation import MATRIX, Where
 from .tile import Exponentials, Sums, Tile
 
 try:
@@ -34,6 +35,7 @@ def native_tile(tile: Tile):
         stride=tile.data.stride(0),
         dtype=DTYPES[tile.data.dtype],
         first_column=tile.first,
+        first_row=tile.first_row,
         softcap=tile.softcap,
         scale=1.0 if in_memory else tile.scale,
         scale_pointer=address(tile.scale if in_memory else None),
@@ -50,10 +52,20 @@ def native_sums(sums: Sums):
 
 
 def compiled(stats: Sequence[S.Statistic]) -> bool:
-    """Whether the extension has kernels for these."""
+    """Whether the extension has kernels for these as statistics of rows."""
+    return all(type(s) in _FIELDS for s in stats)
+
+
+def by_class(stats: Sequence[S.Statistic]) -> bool:
+    """Whether all of these leave out a given column at most: kernels that know no other relation yet ask."""
     wheres = [getattr(s, "where", None) for s in stats]
     plain = all(w is None or [name for name, _, _ in w.tensors()] == ["without"] for w in wheres)
-    return plain and all(type(s) in _FIELDS for s in stats)
+    return plain and not any(isinstance(s, S.LogSumExpOf) for s in stats)
+
+
+def compiled_across(stats: Sequence[S.Statistic]) -> bool:
+    """Whether it has kernels for these as statistics of columns: not where a matrix would be read across its rows."""
+    return compiled(stats) and not any(role == MATRIX for s in stats for _, role, _ in s.tensors())
 
 
 class Arguments:
@@ -68,10 +80,7 @@ class Arguments:
     ):
         self.held: list[Tensor] = []
         self.device = state.device
-        where = getattr(statistic, "where", None)
-        fields = _FIELDS[type(statistic)](self, statistic)
-        if where is not None:
-            fields |= {"where": _native.REST, "rest": self.hold(where.without, torch.int64)}
+        fields = _FIELDS[type(statistic)](self, statistic) | self.where(getattr(statistic, "where", None))
         if kept is not None and isinstance(statistic, S.LogSumExp):
             data, shift = kept.data, kept.shift
             assert shift.dtype == torch.float32 and shift.is_contiguous()
@@ -87,6 +96,24 @@ class Arguments:
             return 0
         self.held.append(tensor.to(self.device, dtype or tensor.dtype).contiguous())
         return self.held[-1].data_ptr()
+
+    def where(self, where: Where | None) -> dict:
+        if where is None:
+            return {}
+        flags = {
+            _native.REST: where.without,
+            _native.SAME if where.same else _native.OTHER: where.row_label,
+            _native.ABOVE: where.above,
+            _native.BELOW: where.below,
+        }
+        return {
+            "where": sum(flag for flag, tensor in flags.items() if tensor is not None),
+            "rest": self.hold(where.without, torch.int64),
+            "row_label": self.hold(where.row_label, torch.int64),
+            "column_label": self.hold(where.column_label, torch.int64),
+            "above": self.hold(where.above, torch.float32),
+            "below": self.hold(where.below, torch.float32),
+        }
 
     def operand(self, tensor: Tensor | None) -> dict:
         """A class vector, or a matrix that is read where it lies."""
@@ -133,10 +160,21 @@ class Arguments:
         row = self.hold(s.row, torch.float32)
         return {"kind": _native.SUM_OF, "function": function, "factor": s.factor, "parameter": s.parameter, "row": row}
 
+    def logsumexp_of(self, s: S.LogSumExpOf) -> dict:
+        return {
+            "kind": _native.LOGSUMEXP_OF,
+            "function": getattr(_native, f"G_{s.function.upper()}"),
+            "factor": s.factor,
+            "weight": s.weight,
+            "parameter": s.parameter,
+            "row": self.hold(s.row, torch.float32),
+        }
+
 
 _FIELDS = {
     S.Score: Arguments.score,
     S.LogSumExp: lambda self, s: {"kind": _native.LOGSUMEXP, "factor": s.factor},
+    S.LogSumExpOf: Arguments.logsumexp_of,
     S.Sum: lambda self, s: {"kind": _native.SUM, **self.operand(s.weights)},
     S.Count: lambda self, s: {"kind": _native.COUNT, **self.operand(s.weights)},
     S.SumOfSquares: lambda self, s: {"kind": _native.SUM_OF_SQUARES},
