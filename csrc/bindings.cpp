@@ -143,15 +143,28 @@ void cuda_statistics(const fl_tile& tile, const std::vector<fl_statistic>& wante
                               pointer<void>(stream)));
 }
 
-int64_t cuda_gradient_workspace(const fl_tile& tile, const std::vector<fl_statistic>& wanted, const fl_sums* sums) {
-  return fl_cuda_gradient_workspace(&tile, wanted.data(), (int32_t)wanted.size(), sums);
+int64_t cuda_column_statistics_workspace(const fl_tile& tile, const std::vector<fl_statistic>& wanted) {
+  return fl_cuda_column_statistics_workspace(&tile, wanted.data(), (int32_t)wanted.size());
+}
+
+void cuda_column_statistics(const fl_tile& tile, const std::vector<fl_statistic>& wanted, uintptr_t workspace,
+                            int64_t bytes, uintptr_t stream) {
+  raise_if(fl_cuda_column_statistics(&tile, wanted.data(), (int32_t)wanted.size(), pointer<void>(workspace), bytes,
+                                     pointer<void>(stream)));
+}
+
+int64_t cuda_gradient_workspace(const fl_tile& tile, const std::vector<fl_statistic>& wanted, const fl_sums* sums,
+                                const std::vector<fl_statistic>& across) {
+  return fl_cuda_gradient_workspace(&tile, wanted.data(), (int32_t)wanted.size(), across.data(), (int32_t)across.size(),
+                                    sums);
 }
 
 void cuda_gradient(const fl_tile& tile, uintptr_t out, int64_t out_stride, int32_t out_dtype,
-                   const std::vector<fl_statistic>& wanted, const fl_sums* sums, uintptr_t workspace, int64_t bytes,
-                   uintptr_t stream) {
-  raise_if(fl_cuda_gradient(&tile, pointer<void>(out), out_stride, out_dtype, wanted.data(), (int32_t)wanted.size(), sums,
-                            pointer<void>(workspace), bytes, pointer<void>(stream)));
+                   const std::vector<fl_statistic>& wanted, const fl_sums* sums, const std::vector<fl_statistic>& across,
+                   uintptr_t workspace, int64_t bytes, uintptr_t stream) {
+  raise_if(fl_cuda_gradient(&tile, pointer<void>(out), out_stride, out_dtype, wanted.data(), (int32_t)wanted.size(),
+                            across.data(), (int32_t)across.size(), sums, pointer<void>(workspace), bytes,
+                            pointer<void>(stream)));
 }
 
 void cuda_gradient_of_exponentials(const fl_tile& tile, const std::vector<fl_statistic>& wanted, const fl_sums* sums,
@@ -205,9 +218,14 @@ PYBIND11_MODULE(_native, m) {
   m.def("cuda_statistics_workspace", &cuda_statistics_workspace, py::arg("tile"), py::arg("statistics"));
   m.def("cuda_statistics", &cuda_statistics, py::arg("tile"), py::arg("statistics"), py::arg("workspace"),
         py::arg("bytes"), py::arg("stream"));
-  m.def("cuda_gradient_workspace", &cuda_gradient_workspace, py::arg("tile"), py::arg("statistics"), py::arg("sums"));
+  m.def("cuda_column_statistics_workspace", &cuda_column_statistics_workspace, py::arg("tile"), py::arg("statistics"));
+  m.def("cuda_column_statistics", &cuda_column_statistics, py::arg("tile"), py::arg("statistics"), py::arg("workspace"),
+        py::arg("bytes"), py::arg("stream"));
+  m.def("cuda_gradient_workspace", &cuda_gradient_workspace, py::arg("tile"), py::arg("statistics"), py::arg("sums"),
+        py::arg("across") = std::vector<fl_statistic>());
   m.def("cuda_gradient", &cuda_gradient, py::arg("tile"), py::arg("out"), py::arg("out_stride"), py::arg("out_dtype"),
-        py::arg("statistics"), py::arg("sums"), py::arg("workspace"), py::arg("bytes"), py::arg("stream"));
+        py::arg("statistics"), py::arg("sums"), py::arg("across"), py::arg("workspace"), py::arg("bytes"),
+        py::arg("stream"));
   m.def("cuda_gradient_of_exponentials", &cuda_gradient_of_exponentials, py::arg("tile"), py::arg("statistics"),
         py::arg("sums"), py::arg("workspace"), py::arg("bytes"), py::arg("stream"));
   m.def("isa", [] { return std::string(fl_isa()); });

@@ -386,9 +386,9 @@ def test_what_the_device_refuses(kernels):
     with pytest.raises(RuntimeError, match="9 statistics, expected 0 to 8"):
         kernels.statistics(tile.native(), [s.native()] * 9)
     with pytest.raises(RuntimeError, match="workspace is null"):
-        kernels.cuda_gradient(tile.native(), T.pointer(tile.stored), tile.stride, 0, [s.native()], None, 0, 0, 0)
+        kernels.cuda_gradient(tile.native(), T.pointer(tile.stored), tile.stride, 0, [s.native()], None, [], 0, 0, 0)
     with pytest.raises(RuntimeError, match="are needed"):
-        kernels.cuda_gradient(tile.native(), T.pointer(tile.stored), tile.stride, 0, [s.native()], None, 64, 16, 0)
+        kernels.cuda_gradient(tile.native(), T.pointer(tile.stored), tile.stride, 0, [s.native()], None, [], 64, 16, 0)
     keep = dict(state=T.pointer(s.state), keep=T.pointer(tile.stored), keep_stride=tile.stride, keep_shift=64)
     with pytest.raises(RuntimeError, match="keep_block is 8192"):
         kernels.statistics(tile.native(), [_native.Statistic(kind=_native.LOGSUMEXP, keep_block=8192, **keep)])
