@@ -42,6 +42,8 @@ FL_FUNCTION float absolute(float x) { return ::fabsf(x); }
 FL_FUNCTION float larger(float a, float b) { return a > b ? a : b; }   // b where either is NaN
 FL_FUNCTION float exp(float x) { return ::expf(x); }
 FL_FUNCTION float log1p(float x) { return ::log1pf(x); }
+FL_FUNCTION float log(float x) { return ::logf(x); }
+FL_FUNCTION float atan(float x) { return ::atanf(x); }
 FL_FUNCTION float leading_bits(float x) {                              // 12 of the 24
   union { float number; uint32_t bits; } both = {x};
   both.bits &= ~0xfffu;

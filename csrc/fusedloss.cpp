@@ -15,13 +15,15 @@
 
 namespace {
 
+using fl::Across;
 using fl::ColumnSums;
 using fl::RowKernels;
 using fl::check;
 using fl::fail;
 using fl::is_dtype;
 
-constexpr fl::Abilities able = {fl::most_statistics, FL_KEPT_COLUMNS, 1, FL_COUNT, FL_REST};
+constexpr int32_t every_where = FL_REST | FL_SAME | FL_OTHER | FL_ABOVE | FL_BELOW;
+constexpr fl::Abilities able = {fl::most_statistics, FL_KEPT_COLUMNS, 1, FL_LOGSUMEXP_OF, every_where};
 
 // ---- instruction sets ----------------------------------------------------------------------------------------------
 
@@ -139,6 +141,59 @@ int split_with_sums(const fl_tile& tile, const fl_sums* sums, const Work& work) 
   return 0;
 }
 
+// Statistics of columns made ready for a walk by rows.
+class AcrossRows {
+ public:
+  AcrossRows(const fl_tile& t, const fl_statistic* all, int32_t count, const RowKernels& kernels)
+      : vectors_(count), starts_(count), entries_(count) {
+    const int64_t pitch = (t.columns + 15) / 16 * 16;          // whole vectors, of whatever width
+    for (int32_t i = 0; i < count; ++i) {
+      const fl_statistic& k = all[i];
+      Across a{};
+      a.statistic = &k;
+      if (k.kind == FL_COUNT) continue;
+      if (k.kind == FL_SCORE) {
+        sort(i, t, t.columns * k.count, [&](int64_t e) { return k.at[e / k.count * k.at_stride + e % k.count]; });
+      } else if (k.kind == FL_EXTREME) {
+        sort(i, t, t.columns * k.count,
+             [&](int64_t e) { return (int64_t)k.state[(2 * (e / k.count) + 1) * k.count + e % k.count]; });
+      } else {
+        vectors_[i].resize(4 * pitch);
+        a.weight = vectors_[i].data();
+        a.center = a.weight + pitch, a.offset = a.center + pitch, a.level = a.offset + pitch;
+        split(t.columns, threads_for(t),
+              [&](int, int64_t first, int64_t end) { kernels.differentiate(a, first, end); });
+        if (k.where & FL_REST) sort(i, t, t.columns, [&](int64_t e) { return k.rest[e]; });
+      }
+      if (!starts_[i].empty()) a.start = starts_[i].data(), a.entries = entries_[i].data();
+      ready_.push_back(a);
+    }
+  }
+
+  const Across* data() const { return ready_.data(); }
+  int32_t size() const { return (int32_t)ready_.size(); }
+
+ private:
+  // The entries by the row that row_of(entry) names, those of a row in rising order; none of rows outside the tile.
+  template <class RowOf>
+  void sort(int32_t statistic, const fl_tile& t, int64_t count, RowOf row_of) {
+    std::vector<int64_t>&start = starts_[statistic], &entries = entries_[statistic];
+    auto each = [&](auto act) {
+      for (int64_t e = 0; e < count; ++e)
+        if (int64_t row = row_of(e); row >= t.first_row && row < t.first_row + t.rows) act(row - t.first_row, e);
+    };
+    start.assign(t.rows + 2, 0);
+    each([&](int64_t row, int64_t) { ++start[row + 2]; });
+    for (int64_t row = 2; row < t.rows + 2; ++row) start[row] += start[row - 1];
+    entries.resize(start.back());
+    each([&](int64_t row, int64_t e) { entries[start[row + 1]++] = e; });
+  }
+
+  std::vector<Across> ready_;
+  std::vector<std::vector<float>> vectors_;
+  std::vector<std::vector<int64_t>> starts_, entries_;
+};
+
 template <class Bits>
 void take(Bits* row, const int64_t* columns, int64_t count) {
   for (int64_t j = 0; j < count; ++j) row[j] = row[columns[j]];   // rising: what is read was not yet overwritten
@@ -159,19 +214,30 @@ int fl_statistics(const fl_tile* tile, const fl_statistic* statistics, int32_t c
 
 int fl_column_statistics(const fl_tile* tile, const fl_statistic* statistics, int32_t count) {
   if (int status = fl::check_across(tile, statistics, count, false, able)) return status;
-  return fail("no kernels for statistics of columns yet");
+  if (tile->rows == 0 || tile->columns == 0 || count == 0) return 0;
+  const RowKernels* kernels = kernels_in_use();
+  const int64_t columns = tile->columns, parts = (columns + 15) / 16;   // no thread has to share a cache line of a row
+  split(parts, (int)std::min<int64_t>(parts, threads_for(*tile)), [&](int, int64_t first, int64_t end) {
+    kernels->column_statistics(*tile, statistics, count, 16 * first, std::min(columns, 16 * end));
+  });
+  return 0;
 }
 
 int fl_gradient(const fl_tile* tile, void* out, int64_t out_stride, int32_t out_dtype, const fl_statistic* statistics,
                 int32_t count, const fl_statistic* across, int32_t across_count, const fl_sums* sums) {
   if (int status = check(tile, statistics, count, true, able)) return status;
   if (int status = fl::check_across(tile, across, across_count, true, able)) return status;
-  if (across_count) return fail("no kernels for statistics of columns yet");
   if (int status = fl::check_out(*tile, out, out_stride, out_dtype)) return status;
   if (tile->rows == 0 || tile->columns == 0) return 0;
-  return split_with_sums(*tile, sums, [&](const RowKernels& kernels, int64_t first, int64_t end, ColumnSums& own) {
-    kernels.gradient(*tile, {out, out_stride, out_dtype}, statistics, count, first, end, own);
-  });
+  try {
+    const AcrossRows columns(*tile, across, across_count, *kernels_in_use());
+    return split_with_sums(*tile, sums, [&](const RowKernels& kernels, int64_t first, int64_t end, ColumnSums& own) {
+      kernels.gradient(*tile, {out, out_stride, out_dtype}, statistics, count, columns.data(), columns.size(), first, end,
+                       own);
+    });
+  } catch (const std::bad_alloc&) {
+    return fail("no memory for %d statistics of columns", across_count);
+  }
 }
 
 int fl_gradient_of_exponentials(const fl_tile* tile, const fl_statistic* statistics, int32_t count,

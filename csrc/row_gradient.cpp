@@ -17,6 +17,54 @@ void add_derivative(const F& f, const Derivative& d, const float* z, const float
   }
 }
 
+// The same for a statistic of columns, whose row parameter and derivative differ from lane to lane. A column whose
+// coefficients are all 0 adds 0, whatever its scores are.
+template <bool first, class F>
+void add_across(const F& of_row, const Across& a, int64_t column, int columns, const float* z, float v, Scratch& s) {
+  F f = of_row;
+  const float* row = a.statistic->row;
+  each_vector(columns, [&](int j, int n) __attribute__((always_inline)) {
+    s.prefetch(j);
+    if (row) set_row(f, load(row + column + j, n), 0);
+    auto at = [&](const float* vector) __attribute__((always_inline)) { return load(vector + column + j); };
+    const Derivatives d{at(a.weight), at(a.center), at(a.offset), at(a.level)};
+    f32 x = load(z + j);
+    i32 silent = left_out(x) | ((d.weight == 0.0f) & (d.offset == 0.0f));
+    f32 g = select(silent, 0.0f, f.psi(x, splat<f32>(v), d));
+    store(s.gradient + j, first ? g : load(s.gradient + j) + g);
+  });
+}
+
+// The scores of a row that a statistic of columns looks at.
+const float* seen_across(const Across& a, int64_t row, int64_t first, int columns, const float* z, Scratch& s) {
+  const fl_statistic& k = *a.statistic;
+  if (hides_some(k)) {
+    hide<true>(k, row, first, columns, z, s.seen);
+    z = s.seen;
+  }
+  if (!a.start || k.where == FL_ALL) return z;
+  for (const int64_t *e = a.entries + a.start[row], *end = a.entries + a.start[row + 1]; e < end; ++e) {
+    if (*e < first || *e >= first + columns) continue;
+    if (z != s.seen) __builtin_memcpy(s.seen, z, sizeof(float) * padded(columns));
+    z = s.seen;
+    s.seen[*e - first] = -INFINITY;
+  }
+  return z;
+}
+
+void add_picked_across(const Across& a, int64_t row, int64_t first, int columns, const float* z, float* gradient) {
+  for (const int64_t *e = a.entries + a.start[row], *end = a.entries + a.start[row + 1]; e < end; ++e) {
+    int64_t place = *e / a.statistic->count - first;
+    if (place >= 0 && place < columns && z[place] != -INFINITY) gradient[place] += a.statistic->coefficient[*e];
+  }
+}
+
+float operand_of(const fl_statistic& k, int64_t row) {
+  float v[lanes] = {1};
+  if (k.operand) widen_block(k.operand_dtype, k.operand, row, 1, v, 0);
+  return v[0];
+}
+
 // Adds the coefficients of a statistic that picks columns, where their scores count.
 void add_picked(const fl_statistic& k, int64_t row, int64_t first_class, int columns, const float* z, float* gradient) {
   for (int32_t c = 0; c < k.count; ++c) {
@@ -82,8 +130,18 @@ float factor_of(const fl_statistic& k, int64_t row) {
 
 }  // namespace
 
-void gradient(const fl_tile& t, const Gradient& to, const fl_statistic* all, int32_t count, int64_t first_row,
-              int64_t end_row, ColumnSums& sums) {
+void differentiate(const Across& a, int64_t first_column, int64_t end_column) {
+  for (int64_t column = first_column; column < end_column; ++column) {
+    const Derivative d = is_active(*a.statistic, column) ? derivative_of(*a.statistic, column) : Derivative{};
+    a.weight[column] = d.weight;
+    a.center[column] = d.center;
+    a.offset[column] = d.offset;
+    a.level[column] = d.level;
+  }
+}
+
+void gradient(const fl_tile& t, const Gradient& to, const fl_statistic* all, int32_t count, const Across* across,
+              int32_t across_count, int64_t first_row, int64_t end_row, ColumnSums& sums) {
   Scratch s;
   const bool plain = is_plain(t) && !sums.class_scale && !sums.wants_scale;
   for (int64_t row = first_row; row < end_row; ++row) {
@@ -92,7 +150,7 @@ void gradient(const fl_tile& t, const Gradient& to, const fl_statistic* all, int
     Derivative derivative[most_statistics];
     for (int32_t i = 0; i < count; ++i)
       if (is_active(all[i], row)) derivative[actives] = derivative_of(all[i], row), active[actives++] = i;
-    if (actives == 0) {
+    if (actives == 0 && across_count == 0) {
       __builtin_memset(out, 0, size_of(to.dtype) * t.columns);
       continue;
     }
@@ -104,17 +162,29 @@ void gradient(const fl_tile& t, const Gradient& to, const fl_statistic* all, int
       for (int32_t i = 0; i < actives; ++i) {
         const fl_statistic& k = all[active[i]];
         if (picks(k)) continue;
-        WithoutRest rest(k, row, first_class, columns, z, s);
+        const Seen seen(k, row, first, first_class, columns, z, s);
         const float* v = load_operand(k, row, first, columns, s);
         with_statistic<f32>(k, k.row ? k.row[row] : 0, [&](const auto& f) {
-          if (empty) add_derivative<true>(f, derivative[i], z, v, n, s);
-          else add_derivative<false>(f, derivative[i], z, v, n, s);
+          if (empty) add_derivative<true>(f, derivative[i], seen.z, v, n, s);
+          else add_derivative<false>(f, derivative[i], seen.z, v, n, s);
+        });
+        empty = false;
+      }
+      for (const Across* a = across; a < across + across_count; ++a) {
+        if (!a->weight) continue;
+        const float* seen = seen_across(*a, row, first, columns, z, s);
+        const float v = operand_of(*a->statistic, row);
+        with_statistic<f32>(*a->statistic, 0, [&](const auto& f) {
+          if (empty) add_across<true>(f, *a, first, columns, seen, v, s);
+          else add_across<false>(f, *a, first, columns, seen, v, s);
         });
         empty = false;
       }
       if (empty) __builtin_memset(s.gradient, 0, sizeof s.gradient);
       for (int32_t i = 0; i < actives; ++i)
         if (picks(all[active[i]])) add_picked(all[active[i]], row, first_class, columns, z, s.gradient);
+      for (const Across* a = across; a < across + across_count; ++a)
+        if (!a->weight && a->start) add_picked_across(*a, row, first, columns, z, s.gradient);
       finish_block(t, plain, first, columns, s, sums);
       narrow_block(to.dtype, s.gradient, columns, out, first);
     }

@@ -1,4 +1,5 @@
-// What row_statistics.cpp, compiled once per instruction set, offers to fusedloss.cpp: both primitives on a range of rows.
+// What the row kernels, compiled once per instruction set, offer to fusedloss.cpp: the primitives on a range of rows or
+// columns.
 #pragma once
 #include "fusedloss.h"
 
@@ -13,6 +14,13 @@ struct ColumnSums {
   bool wants_scale;
 };
 
+// A statistic of columns as the gradient reads it, row by row. Owned by the caller, made once for all threads.
+struct Across {
+  const fl_statistic* statistic;
+  float *weight, *center, *offset, *level;   // of every column, `Derivative` says what; null where it picks single scores
+  const int64_t *start, *entries;            // null, or of row i the entries from start[i] to start[i + 1]: columns whose
+};                                           //   `rest` the row is, or what picks it: column * count + number
+
 struct Gradient {
   void* out;
   int64_t stride;
@@ -22,8 +30,11 @@ struct Gradient {
 struct RowKernels {
   const char* name;
   void (*statistics)(const fl_tile&, const fl_statistic*, int32_t count, int64_t first_row, int64_t end_row);
-  void (*gradient)(const fl_tile&, const Gradient&, const fl_statistic*, int32_t count, int64_t first_row,
-                   int64_t end_row, ColumnSums&);
+  void (*column_statistics)(const fl_tile&, const fl_statistic*, int32_t count, int64_t first_column,
+                            int64_t end_column);
+  void (*differentiate)(const Across&, int64_t first_column, int64_t end_column);   // fills in weight to level
+  void (*gradient)(const fl_tile&, const Gradient&, const fl_statistic*, int32_t count, const Across*,
+                   int32_t across_count, int64_t first_row, int64_t end_row, ColumnSums&);
   void (*gradient_of_exponentials)(const fl_tile&, const fl_statistic*, int32_t count, int64_t first_row,
                                    int64_t end_row, ColumnSums&);
 };

@@ -58,12 +58,24 @@ FL_INLINE void sum_block(int n, double* total, Body body) {
   }
 }
 
+// The largest of a statistic's own exponents.
+template <class F>
+double largest_exponent(const F& f, const float* z, int n) {
+  f32 most = splat<f32>(-INFINITY);
+  for (int j = 0; j < n; j += lanes) {
+    f32 x = load(z + j), slope;
+    most = larger(select(left_out(x), x, f.exponent(x, slope)), most);
+  }
+  return largest_lane(most);
+}
+
 template <class F>
 void push(const F& f, double factor, const float* z, const float* v, int n, const Scratch& s, double* state) {
   double pivot = 0;
   if (F::pivot == Pivot::mean) pivot = block_mean(z, n);
-  if (F::pivot == Pivot::maximum) {
-    pivot = block_maximum(z, n, factor);
+  if constexpr (F::pivot == Pivot::exponent) pivot = largest_exponent(f, z, n);
+  if (F::pivot == Pivot::maximum) pivot = block_maximum(z, n, factor);
+  if (F::pivot == Pivot::maximum || F::pivot == Pivot::exponent) {
     if (!(pivot >= state[0])) pivot = (float)state[0];         // then the states merge without rescaling
   }
   const f32 p = splat<f32>(pivot == -INFINITY ? 0 : pivot);    // none counts so far, or all are NaN
@@ -151,23 +163,24 @@ void statistics(const fl_tile& t, const fl_statistic* all, int32_t count, int64_
           push_scores(k, row, z, first_class, columns, state);
           continue;
         }
-        WithoutRest rest(k, row, first_class, columns, z, s);
+        const Seen seen(k, row, first, first_class, columns, z, s);
         if (k.kind == FL_EXTREME) {
-          push_extreme(k, z, n, first_class, state);
+          push_extreme(k, seen.z, n, first_class, state);
           continue;
         }
         if (k.keep) {
-          push_keeping(k, row, z, columns, state);
+          push_keeping(k, row, seen.z, columns, state);
           continue;
         }
         const float* v = load_operand(k, row, first, columns, s);
         with_statistic<f32>(k, k.row ? k.row[row] : 0,
-                            [&](const auto& f) { push(f, k.factor, z, v, n, s, state); });
+                            [&](const auto& f) { push(f, k.factor, seen.z, v, n, s, state); });
       }
     }
 }
 
-extern const RowKernels row_kernels = {FL_ISA_NAME, statistics, gradient, gradient_of_exponentials};
+extern const RowKernels row_kernels = {FL_ISA_NAME, statistics, column_statistics, differentiate, gradient,
+                                     gradient_of_exponentials};
 
 }  // namespace FL_ISA
 }  // namespace fl

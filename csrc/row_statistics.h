@@ -1,8 +1,8 @@
 // The statistics, each one struct: phi (the terms that a score adds), merge (of two states) and psi (its derivative in
 // a score). Written over the value type V: a vector of floats on the host, one float on a device.
 //
-// A statistic may take a pivot, a number of the block (its maximum, its mean) to which its terms are relative; the
-// walk that includes this finds it first. Sums run in V over a block of columns and become doubles after it. Scores
+// A statistic may take a pivot, a number of the block (its maximum, its mean, the largest of the statistic's own
+// exponents) to which its terms are relative; the walk that includes this finds it first. Sums run in V over a block of columns and become doubles after it. Scores
 // of -inf, and a row's `rest` column, are left out by the walk: no struct here knows of them.
 #pragma once
 #include "fusedloss.h"
@@ -17,9 +17,10 @@
 namespace fl {
 namespace FL_ISA {
 
-enum class Pivot { none, maximum, mean };
+enum class Pivot { none, maximum, mean, exponent };
 
-// All that psi needs of a row, in floats: what the rounding of `center` lost is made good in `weight` or `offset`.
+// All that psi needs of a row, in floats: what the rounding of `center` lost is made good in `weight` or `offset`. Where
+// the rows differ from lane to lane, psi takes a struct of vectors with these names.
 struct Derivative { float weight, center, offset, level; };
 
 // ---- how states merge ----------------------------------------------------------------------------------------------
@@ -74,7 +75,7 @@ struct LogSumExp : Exponential<1> {
     d.weight = (float)(c[0] * s.factor * normalise(state, d));
     return d;
   }
-  FL_FUNCTION V psi(V z, V, const Derivative& d) const { return d.weight * exp(factor * z - d.center); }
+  template <class D> FL_FUNCTION V psi(V z, V, const D& d) const { return d.weight * exp(factor * z - d.center); }
 };
 
 template <class V>
@@ -84,7 +85,7 @@ struct Sum : Added<1> {
   FL_FUNCTION static Derivative derivative(const fl_statistic&, const double*, const float* c) {
     return {c[0], 0, 0, 0};
   }
-  FL_FUNCTION V psi(V, V v, const Derivative& d) const { return d.weight * v; }
+  template <class D> FL_FUNCTION V psi(V, V v, const D& d) const { return d.weight * v; }
 };
 
 template <class V>
@@ -92,7 +93,7 @@ struct Count : Added<1> {
   FL_FUNCTION Count(const fl_statistic&, float) {}
   FL_FUNCTION void phi(V, V v, V, V* term) const { term[0] = select(v == 0.0f, 0.0f, splat<V>(1)); }
   FL_FUNCTION static Derivative derivative(const fl_statistic&, const double*, const float*) { return {}; }
-  FL_FUNCTION V psi(V, V, const Derivative&) const { return splat<V>(0); }
+  template <class D> FL_FUNCTION V psi(V, V, const D&) const { return splat<V>(0); }
 };
 
 template <class V>
@@ -102,7 +103,7 @@ struct SumOfSquares : Added<1> {
   FL_FUNCTION static Derivative derivative(const fl_statistic&, const double*, const float* c) {
     return {2 * c[0], 0, 0, 0};
   }
-  FL_FUNCTION V psi(V z, V, const Derivative& d) const { return d.weight * z; }
+  template <class D> FL_FUNCTION V psi(V z, V, const D& d) const { return d.weight * z; }
 };
 
 // Chan, Golub, LeVeque (1983): the pivot is the block's mean but for rounding, which the second term makes good.
@@ -136,7 +137,7 @@ struct Moments {
     d.offset = state[0] > 0 ? (float)(c[0] / state[0] + d.weight * (d.center - state[1])) : 0;
     return d;
   }
-  FL_FUNCTION V psi(V z, V, const Derivative& d) const { return d.weight * (z - d.center) + d.offset; }
+  template <class D> FL_FUNCTION V psi(V z, V, const D& d) const { return d.weight * (z - d.center) + d.offset; }
 };
 
 // sum_j p_j v_j with p = softmax(factor z): derivative factor p_j (v_j - E) + p_j dv_j/dz_j.
@@ -156,7 +157,7 @@ struct Expectation : Exponential<2> {
     d.offset = (float)(scale * Value::slope + d.weight * (d.level - state[2] / state[1]));
     return d;
   }
-  FL_FUNCTION V psi(V z, V v, const Derivative& d) const {
+  template <class D> FL_FUNCTION V psi(V z, V v, const D& d) const {
     return exp(factor * z - d.center) * (d.weight * (Value::of(z, v, row) - d.level) + d.offset);
   }
 };
@@ -188,7 +189,7 @@ struct SumOf : Added<2> {
   FL_FUNCTION static Derivative derivative(const fl_statistic& s, const double*, const float* c) {
     return {(float)(c[0] * s.factor), 0, 0, 0};
   }
-  FL_FUNCTION V psi(V z, V, const Derivative& d) const {
+  template <class D> FL_FUNCTION V psi(V z, V, const D& d) const {
     V value, slope;
     Function::of(factor * (z - row), parameter, value, slope);
     return d.weight * slope;
@@ -241,6 +242,63 @@ struct Focal {
   }
 };
 
+// log sum_j e^{weight g(u_j)} and, for the row parameter's own gradient, the sum with g'(u_j).
+template <class V, class Function>
+struct LogSumExpOf : Exponential<2> {
+  static constexpr Pivot pivot = Pivot::exponent;
+  V factor, row, parameter, weight;
+  FL_FUNCTION LogSumExpOf(const fl_statistic& s, float r)
+      : factor(splat<V>(s.factor)), row(splat<V>(r)), parameter(splat<V>(s.parameter)), weight(splat<V>(s.weight)) {}
+  // weight g(u), -inf where the column is skipped.
+  FL_FUNCTION V exponent(V z, V& slope) const {
+    V g;
+    Function::of(factor * (z - row), parameter, g, slope);
+    return select(g == -INFINITY, -INFINITY, weight * g);
+  }
+  FL_FUNCTION void phi(V z, V, V pivot, V* term) const {
+    V slope, x = exponent(z, slope);
+    term[0] = exp(x - pivot);
+    term[1] = term[0] * slope;
+  }
+  FL_FUNCTION static Derivative derivative(const fl_statistic& s, const double* state, const float* c) {
+    Derivative d{};
+    d.weight = (float)(c[0] * s.factor * s.weight * normalise(state, d));
+    return d;
+  }
+  template <class D> FL_FUNCTION V psi(V z, V, const D& d) const {
+    V slope, x = exponent(z, slope);
+    return d.weight * slope * exp(x - d.center);
+  }
+};
+
+struct LogTanh {
+  template <class V> FL_FUNCTION static void of(V u, V, V& value, V& slope) {
+    V e = exp(absolute(u) * -2.0f);             // 1 + tanh u = 2 / (1 + e^-2u)
+    value = 0.693147181f + select(u > 0.0f, 0.0f, u + u) - log1p(e);
+    slope = select(u > 0.0f, e + e, splat<V>(2)) / (e + 1.0f);
+  }
+};
+struct LogAtan {
+  template <class V> FL_FUNCTION static void of(V u, V, V& value, V& slope) {
+    V y = atan(u) + 1.0f;
+    value = select(y <= 0.0f, -INFINITY, log(select(y <= 0.0f, 1.0f, y)));
+    slope = select(y <= 0.0f, 0.0f, 1.0f / (y * (u * u + 1.0f)));
+  }
+};
+struct LogRelu {
+  template <class V> FL_FUNCTION static void of(V u, V, V& value, V& slope) {
+    V y = u + 1.0f;
+    value = select(y <= 0.0f, -INFINITY, log(select(y <= 0.0f, 1.0f, y)));
+    slope = select(y <= 0.0f, 0.0f, 1.0f / y);
+  }
+};
+struct Circle {
+  template <class V> FL_FUNCTION static void of(V u, V m, V& value, V& slope) {
+    slope = select(u + m <= 0.0f, 0.0f, u + m);
+    value = slope * (u - m);
+  }
+};
+
 // act(the statistic's struct) for every kind that is a sum over columns; FL_SCORE and FL_EXTREME are none.
 template <class V, class Act>
 FL_FUNCTION void with_statistic(const fl_statistic& s, float row, Act act) {
@@ -265,6 +323,14 @@ FL_FUNCTION void with_statistic(const fl_statistic& s, float row, Act act) {
         case FL_F_HINGE: return act(SumOf<V, Hinge>(s, row));
         case FL_F_SQUARED_HINGE: return act(SumOf<V, SquaredHinge>(s, row));
         case FL_F_FOCAL: return act(SumOf<V, Focal>(s, row));
+      }
+      return;
+    case FL_LOGSUMEXP_OF:
+      switch (s.function) {
+        case FL_G_LOG_TANH: return act(LogSumExpOf<V, LogTanh>(s, row));
+        case FL_G_LOG_ATAN: return act(LogSumExpOf<V, LogAtan>(s, row));
+        case FL_G_LOG_RELU: return act(LogSumExpOf<V, LogRelu>(s, row));
+        case FL_G_CIRCLE: return act(LogSumExpOf<V, Circle>(s, row));
       }
   }
 }

@@ -33,6 +33,7 @@ typedef float f32 __attribute__((vector_size(4 * lanes)));
 typedef int32_t i32 __attribute__((vector_size(4 * lanes)));
 typedef uint32_t u32 __attribute__((vector_size(4 * lanes)));
 typedef uint16_t u16 __attribute__((vector_size(2 * lanes)));
+typedef int64_t i64 __attribute__((vector_size(8 * lanes)));
 
 // Storage types: only their bits are of interest.
 struct bf16 { uint16_t bits; };
@@ -147,6 +148,18 @@ FL_INLINE void store(T* p, f32 x, int n) {
   for (int i = 0; i < n; ++i) p[i] = some[i];
 }
 
+// Where the integers are the given one; of the first `n` only, the other lanes are not.
+FL_INLINE i32 equal(const int64_t* p, int n, int64_t to) {
+  i64 x;
+  if (n >= lanes) {
+    __builtin_memcpy(&x, p, sizeof x);
+    return __builtin_convertvector(x == to, i32);
+  }
+  i32 same{};
+  for (int i = 0; i < n; ++i) same[i] = p[i] == to ? -1 : 0;
+  return same;
+}
+
 // body(first, n) for every vector of `columns`: n = lanes, a constant to the compiler, in all but a ragged last one.
 template <class Body>
 FL_INLINE void each_vector(int columns, Body body) {
@@ -190,7 +203,7 @@ FL_INLINE f32 exp(f32 x) {
   return select(x < -87.336544f, 0.0f, y);
 }
 
-// log(1 + x) for 0 <= x <= 1, = 2 artanh(x / (2 + x)); nothing cancels where x is tiny.
+// log(1 + x) for -1/2 <= x <= 1, = 2 artanh(x / (2 + x)); nothing cancels where x is tiny.
 FL_INLINE f32 log1p(f32 x) {
   f32 s = x / (x + 2.0f), y = s * s;
   f32 q = 2.4300932884216309e-1f * y + 2.1427658200263977e-1f;
@@ -198,6 +211,28 @@ FL_INLINE f32 log1p(f32 x) {
   q = q * y + 3.999887704849243e-1f;
   q = q * y + 6.666667461395264e-1f;
   return s * y * q + (s + s);
+}
+
+// log(x) for 0, normal numbers above it, infinity and NaN: x = 2^k m, m in [sqrt(1/2), sqrt(2)).
+FL_INLINE f32 log(f32 x) {
+  i32 bits = bits_of<i32>(x) - 0x3f3504f3, k = bits >> 23;
+  f32 m = bits_of<f32>((bits & 0x7fffff) + 0x3f3504f3), n = __builtin_convertvector(k, f32);
+  f32 y = n * 0.693359375f + (log1p(m - 1.0f) - n * 2.12194440e-4f);
+  y = select(x == 0.0f, -INFINITY, y);
+  return select(x < INFINITY, y, x);
+}
+
+// By the tangents' difference to 0, 1 or infinity, whichever is near.
+FL_INLINE f32 atan(f32 x) {
+  f32 u = absolute(x);
+  const i32 far = u > 2.414213562f, middle = u > 0.414213562f;
+  f32 start = select(far, 1.57079633f, select(middle, 0.785398163f, splat<f32>(0)));
+  f32 t = select(far, -1.0f / u, select(middle, (u - 1.0f) / (u + 1.0f), u)), y = t * t;
+  f32 q = 8.05374449538e-2f * y - 1.38776856032e-1f;
+  q = q * y + 1.99777106478e-1f;
+  q = q * y - 3.33329491539e-1f;
+  f32 angle = start + (q * y * t + t);
+  return bits_of<f32>(bits_of<i32>(angle) | (bits_of<i32>(x) & INT32_MIN));
 }
 
 // tanh(x), and its derivative 1 - tanh^2 without the cancellation that the formula suffers near +-1.

@@ -3,7 +3,7 @@
 // A row is walked in blocks that stay in the first-level cache. A block is widened to floats and transformed into
 // scores once (where it is made of scores already, it is read in place); every statistic then reads the scores. The
 // block is padded to whole vectors with -inf, which every statistic leaves out, so that no loop over scores has a
-// tail. A row's `rest` column is left out the same way.
+// tail. The columns that a statistic does not look at are left out the same way.
 #pragma once
 #include "row_kernels.h"
 #include "simd.h"
@@ -12,8 +12,10 @@ namespace fl {
 namespace FL_ISA {
 
 void statistics(const fl_tile&, const fl_statistic*, int32_t count, int64_t first_row, int64_t end_row);
-void gradient(const fl_tile&, const Gradient&, const fl_statistic*, int32_t count, int64_t first_row, int64_t end_row,
-              ColumnSums&);
+void column_statistics(const fl_tile&, const fl_statistic*, int32_t count, int64_t first_column, int64_t end_column);
+void differentiate(const Across&, int64_t first_column, int64_t end_column);
+void gradient(const fl_tile&, const Gradient&, const fl_statistic*, int32_t count, const Across*, int32_t across_count,
+              int64_t first_row, int64_t end_row, ColumnSums&);
 void gradient_of_exponentials(const fl_tile&, const fl_statistic*, int32_t count, int64_t first_row, int64_t end_row,
                               ColumnSums&);
 
@@ -24,6 +26,7 @@ static_assert(block % lanes == 0, "a full block needs no padding");
 
 struct alignas(64) Scratch {
   float z[block];              // scores
+  float seen[block];           // those that a statistic looks at
   float operand[block];
   float ones[block];           // the operand of a statistic that has none
   float gradient[block];       // dL/dz, then dL/da
@@ -39,7 +42,7 @@ struct alignas(64) Scratch {
   FL_INLINE void prefetch(int j) const { __builtin_prefetch(next + j * next_size); }
 };
 
-FL_INLINE int padded(int columns) { return (columns + lanes - 1) / lanes * lanes; }
+FL_INLINE constexpr int padded(int columns) { return (columns + lanes - 1) / lanes * lanes; }
 FL_INLINE i32 left_out(f32 z) { return z == -INFINITY; }
 
 // ---- loading -----------------------------------------------------------------------------------------------------
@@ -67,12 +70,12 @@ inline bool is_plain(const fl_tile& t) {
   return !t.bias && !t.class_scale && !t.class_shift && t.softcap == 0 && t.scale == 1;
 }
 
-// Turns the stored values in z into scores.
+// Turns the stored values in `scores` into scores.
 template <bool with_slope>
-inline void transform_block(const fl_tile& t, int64_t first, int columns, Scratch& s) {
+inline void transform_block(const fl_tile& t, int64_t first, int columns, float* scores, Scratch* s = nullptr) {
   const float inverse_softcap = 1 / t.softcap;
   each_vector(columns, [&](int j, int n) {
-    f32 a = load(s.z + j), slope = splat<f32>(t.scale);
+    f32 a = load(scores + j), slope = splat<f32>(t.scale);
     const i32 absent = left_out(a);
     if (t.bias) a += load(t.bias + first + j, n);
     if (t.class_scale) slope *= load(t.class_scale + first + j, n);
@@ -86,13 +89,13 @@ inline void transform_block(const fl_tile& t, int64_t first, int columns, Scratc
     z *= scale;
     if (t.class_shift) z += load(t.class_shift + first + j, n);
     z = select(absent, -INFINITY, z);           // a softcap would make it finite, a scale of 0 NaN
-    store(s.z + j, z);
+    store(scores + j, z);
     if (with_slope) {
-      store(s.slope + j, slope);
-      store(s.cap + j, select(left_out(z), 0.0f, cap));
+      store(s->slope + j, slope);
+      store(s->cap + j, select(left_out(z), 0.0f, cap));
     }
   });
-  for (int j = columns; j < padded(columns); ++j) s.z[j] = -INFINITY;
+  for (int j = columns; j < padded(columns); ++j) scores[j] = -INFINITY;
 }
 
 // The block's scores: in s.z, or where they lie in the tile.
@@ -103,7 +106,7 @@ inline const float* load_scores(const fl_tile& t, bool plain, int64_t row, int64
   s.next = static_cast<const char*>(data) + (first + columns) * s.next_size;
   if (plain && t.dtype == FL_F32 && columns % lanes == 0) return static_cast<const float*>(data) + first;
   widen_block(t.dtype, data, first, columns, s.z, -INFINITY);
-  if (!plain) transform_block<with_slope>(t, first, columns, s);
+  if (!plain) transform_block<with_slope>(t, first, columns, s.z, &s);
   return s.z;
 }
 
@@ -113,26 +116,69 @@ inline const float* load_operand(const fl_statistic& k, int64_t row, int64_t fir
   return s.operand;
 }
 
-// For as long as it lives, the score of the row's `rest` column is -inf (and the block, if it is the one, in s.z).
-class WithoutRest {
+// A statistic of as many rows as there are lanes, where it has a row parameter, and their derivatives.
+template <class F>
+FL_INLINE auto set_row(F& f, f32 row, int) -> decltype((void)(f.row = row)) { f.row = row; }
+template <class F>
+FL_INLINE void set_row(F&, f32, long) {}
+
+struct Derivatives { f32 weight, center, offset, level; };
+
+// ---- relations -----------------------------------------------------------------------------------------------------
+
+FL_INLINE bool hides_some(const fl_statistic& k) { return k.where & ~FL_REST; }
+
+// A row's scores, -inf where the labels and thresholds of a statistic hide them. `across`: of a statistic of columns.
+template <bool across>
+inline void hide(const fl_statistic& k, int64_t row, int64_t first, int columns, const float* z, float* seen) {
+  const bool labelled = k.where & (FL_SAME | FL_OTHER);
+  const int64_t* labels = labelled ? (across ? k.row_label : k.column_label) + first : nullptr;
+  const int64_t label = labelled ? (across ? k.column_label : k.row_label)[row] : 0;
+  const i32 other = i32{} - (k.where & FL_SAME ? 1 : 0);
+  auto limit = [&](const float* limits, int j, int n) __attribute__((always_inline)) {
+    return across ? load(limits + first + j, n) : splat<f32>(limits[row]);
+  };
+  each_vector(columns, [&](int j, int n) {
+    f32 x = load(z + j);
+    i32 hidden = labelled ? equal(labels + j, n, label) ^ other : i32{};
+    if (k.where & FL_ABOVE) hidden |= x <= limit(k.above, j, n);      // so written, NaN is seen
+    if (k.where & FL_BELOW) hidden |= x >= limit(k.below, j, n);
+    store(seen + j, select(hidden, -INFINITY, x));
+  });
+  for (int j = columns; j < padded(columns); ++j) seen[j] = -INFINITY;
+}
+
+// For as long as it lives, `z` are the scores that a statistic of the row looks at. A single one is hidden where it lies,
+// once the block is in s.z; others cost a copy.
+class Seen {
  public:
-  FL_INLINE WithoutRest(const fl_statistic& k, int64_t row, int64_t first_class, int columns, const float*& z, Scratch& s) {
-    if (k.where != FL_REST) return;
+  FL_INLINE Seen(const fl_statistic& k, int64_t row, int64_t first, int64_t first_class, int columns, const float*& scores,
+                 Scratch& s) {
+    z = scores;
+    if (hides_some(k)) {
+      hide<false>(k, row, first, columns, scores, s.seen);
+      z = s.seen;
+    }
+    if (!(k.where & FL_REST)) return;
     int64_t place = k.rest[row] - first_class;
     if (k.rest[row] < 0 || place < 0 || place >= columns) return;
-    if (z != s.z) __builtin_memcpy(s.z, z, sizeof(float) * padded(columns));
-    z = s.z;
-    score_ = s.z + place;
-    kept_ = *score_;
-    *score_ = -INFINITY;
+    if (z != s.seen) {
+      if (z != s.z) __builtin_memcpy(s.z, z, sizeof(float) * padded(columns));
+      z = scores = s.z;
+      hidden_ = s.z + place;
+      kept_ = *hidden_;
+    }
+    (z == s.seen ? s.seen : s.z)[place] = -INFINITY;
   }
-  FL_INLINE ~WithoutRest() {
-    if (score_) *score_ = kept_;
+  FL_INLINE ~Seen() {
+    if (hidden_) *hidden_ = kept_;
   }
-  WithoutRest(const WithoutRest&) = delete;
+  Seen(const Seen&) = delete;
+
+  const float* z;
 
  private:
-  float* score_ = nullptr;
+  float* hidden_ = nullptr;
   float kept_ = 0;
 };
 

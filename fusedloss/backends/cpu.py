@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import statistics as S
 from . import torch as plain
-from .native import DTYPES, _native, arguments, by_class, compiled, load_error, native_sums, native_tile
+from .native import DTYPES, _native, arguments, compiled, compiled_across, load_error, native_sums, native_tile
 from .tile import CPU_LIMITS, Across, Exponentials, Limits, Sums, Tile
 from .torch import gemm as plain_gemm
 
@@ -130,7 +130,7 @@ def statistics(
     tile: Tile, stats: Sequence[S.Statistic], states: Sequence[Tensor], keep: Exponentials | None = None
 ) -> None:
     """Merge the tile into the states, in place; with `keep`, also fill it in for `gradient_of_exponentials`."""
-    if not (compiled(stats) and by_class(stats)):
+    if not compiled(stats):
         return plain.statistics(tile, stats, states, keep)
     given = arguments(stats, states, kept=keep)
     _native.statistics(native_tile(tile), [a.native for a in given])
@@ -138,7 +138,10 @@ def statistics(
 
 def column_statistics(tile: Tile, stats: Sequence[S.Statistic], states: Sequence[Tensor]) -> None:
     """Merge the tile into states of its columns; the statistics see it transposed."""
-    plain.column_statistics(tile, stats, states)
+    if not compiled_across(stats):
+        return plain.column_statistics(tile, stats, states)
+    given = arguments(stats, states)
+    _native.column_statistics(native_tile(tile), [a.native for a in given])
 
 
 def gradient(
@@ -151,12 +154,13 @@ def gradient(
     across: Across | None = None,
 ) -> None:
     """out = ∂L/∂a of the tile, given ∂L/∂value of every statistic; `out` may share the tile's memory."""
-    if across is not None or not (compiled(stats) and by_class(stats)):
+    if not compiled(stats) or (across is not None and not compiled_across(across.stats)):
         return plain.gradient(tile, out, stats, states, coefficients, sums, across)
     given = arguments(stats, states, coefficients)
+    below = [] if across is None else arguments(across.stats, across.states, across.coefficients)
     _native.gradient(
         *(native_tile(tile), out.data_ptr(), out.stride(0), DTYPES[out.dtype]),
-        *([a.native for a in given], native_sums(sums)),
+        *([a.native for a in given], native_sums(sums), [a.native for a in below]),
     )
 
 
