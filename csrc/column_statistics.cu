@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(most_threads, 2) column_kernel(const __grid_co
     if (p.partial)
       for (int k = 0; k < p.width[i]; ++k) into[k] = from[k];
     else
-      with_statistic<float>(p.statistics[i], 0, [&](const auto& f) { f.merge(into, from); });
+      merge(p.statistics[i], into, from);
   }
 }
 

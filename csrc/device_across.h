@@ -47,7 +47,7 @@ FL_DEVICE void add_across(const fl_statistic& k, const float* derivative, int64_
 #pragma unroll
     for (int i = 0; i < vector; ++i) {
       const std::decay_t<decltype(shared)> f(k, own[i]);
-      const float psi = f.psi(z[i], v, {weight[i], center[i], offset[i], level[i]});
+      const float psi = f.psi(z[i], v, Derivative{weight[i], center[i], offset[i], level[i]});
       if ((counts >> i & 1) && (weight[i] != 0 || offset[i] != 0)) g[i] += psi;
     }
   });

@@ -38,9 +38,20 @@ FL_DEVICE double* state_of(const States& s, int i, int64_t row, int split) {
 
 // The identity of the state's k-th number.
 FL_DEVICE double identity(const fl_statistic& s, int k) {
-  if (s.kind == FL_LOGSUMEXP || s.kind == FL_EXPECTATION) return k == 0 ? -INFINITY : 0;
+  if (s.kind == FL_LOGSUMEXP || s.kind == FL_LOGSUMEXP_OF || s.kind == FL_EXPECTATION) return k == 0 ? -INFINITY : 0;
   if (s.kind == FL_EXTREME) return k < s.count ? -s.factor * INFINITY : -1;
   return 0;
+}
+
+// Sums merge by their kind alone; of all functions that a kind has one copy of this is enough.
+FL_DEVICE void merge(const fl_statistic& s, double* into, const double* from) {
+  switch (s.kind) {
+    case FL_LOGSUMEXP: return Exponential<1>::merge(into, from);
+    case FL_EXPECTATION: case FL_LOGSUMEXP_OF: return Exponential<2>::merge(into, from);
+    case FL_MOMENTS: return Moments<float>::merge(into, from);
+    case FL_SUM_OF: return Added<2>::merge(into, from);
+    default: return Added<1>::merge(into, from);
+  }
 }
 
 // A thread that has a row to itself, where others join theirs by a Reduction.
@@ -76,6 +87,15 @@ FL_DEVICE void push(const F& f, double factor, const float* z, const float* v, u
       if (counts >> i & 1) most = larger(sign * z[i], most);
     most = joined.largest(most);
     pivot = most == -INFINITY ? most : (float)(factor * sign * most);
+  }
+  if constexpr (F::pivot == Pivot::exponent) {
+    float most = -INFINITY, slope;
+#pragma unroll
+    for (int i = 0; i < size; ++i)
+      if (counts >> i & 1) most = larger(f.exponent(z[i], slope), most);
+    pivot = joined.largest(most);
+  }
+  if (F::pivot == Pivot::maximum || F::pivot == Pivot::exponent) {
     if (!(pivot >= state[0])) pivot = (float)state[0];
   }
   const float p = pivot == -INFINITY ? 0 : (float)pivot;
@@ -109,7 +129,7 @@ __global__ void __launch_bounds__(most_threads) merge_kernel(const __grid_consta
       for (int c = 0; c < k.count && from[k.count + c] >= 0; ++c)
         insert_extreme(into, k.count, k.factor, from[c], from[k.count + c]);
     else
-      with_statistic<float>(k, 0, [&](const auto& f) { f.merge(into, from); });
+      merge(k, into, from);
   }
 }
 

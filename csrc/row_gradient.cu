@@ -143,7 +143,7 @@ FL_DEVICE void store_sums(float* to, const Pass& p, const Window& w, const float
 
 // Without labels, thresholds and statistics of columns, which are `more`, it needs fewer registers.
 template <bool with_sums, bool of_exponentials, bool more>
-__global__ void __launch_bounds__(most_threads, 2) gradient_kernel(const __grid_constant__ Pass p) {
+__global__ void __launch_bounds__(most_threads, with_sums || more ? 2 : 3) gradient_kernel(const __grid_constant__ Pass p) {
   const fl_tile t = with_scale(p.tile);
   const int64_t first_row = (int64_t)blockIdx.x * p.rows_each;
   const int64_t end_row = first_row + p.rows_each < t.rows ? first_row + p.rows_each : t.rows;
@@ -186,16 +186,16 @@ __global__ void __launch_bounds__(most_threads, 2) gradient_kernel(const __grid_
 #pragma unroll
           for (int i = 0; i < vector; ++i) {
             class_shift[i] += g[i];
-            if (!of_exponentials && !p.plain && (p.class_scale || p.scale)) {
+            if (!of_exponentials && !p.plain && (p.class_scale || p.scale) && g[i] != 0) {
               class_scale[i] += g[i] * cap[i] * t.scale;
-              if (g[i] != 0) scaled += g[i] * cap[i] * (t.class_scale ? t.class_scale[w.origin + at + i] : 1);
+              scaled += g[i] * cap[i] * (t.class_scale ? t.class_scale[w.origin + at + i] : 1);
             }
           }
           scale += scaled;
         }
         if (!p.plain) {
 #pragma unroll
-          for (int i = 0; i < vector; ++i) g[i] *= slope[i];
+          for (int i = 0; i < vector; ++i) g[i] = g[i] == 0 ? 0 : g[i] * slope[i];   // also where the slope is NaN
         }
         if (with_sums) {
 #pragma unroll
@@ -254,7 +254,7 @@ __global__ void __launch_bounds__(most_threads) join_kernel(const __grid_constan
 
 // ---- on the host ---------------------------------------------------------------------------------------------------
 
-constexpr Abilities able = {FL_CUDA_STATISTICS, FL_CUDA_KEPT_COLUMNS, INT64_MAX, FL_COUNT, every_relation};
+constexpr Abilities able = {FL_CUDA_STATISTICS, FL_CUDA_KEPT_COLUMNS, INT64_MAX, FL_LOGSUMEXP_OF, every_relation};
 
 int check_both(const fl_tile* tile, const fl_statistic* statistics, int32_t count, const fl_statistic* across,
                int32_t across_count) {

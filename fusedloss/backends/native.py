@@ -56,13 +56,6 @@ def compiled(stats: Sequence[S.Statistic]) -> bool:
     return all(type(s) in _FIELDS for s in stats)
 
 
-def by_class(stats: Sequence[S.Statistic]) -> bool:
-    """Whether all of these leave out a given column at most: kernels that know no other relation yet ask."""
-    wheres = [getattr(s, "where", None) for s in stats]
-    plain = all(w is None or [name for name, _, _ in w.tensors()] == ["without"] for w in wheres)
-    return plain and not any(isinstance(s, S.LogSumExpOf) for s in stats)
-
-
 def compiled_across(stats: Sequence[S.Statistic]) -> bool:
     """Whether it has kernels for these as statistics of columns: not where a matrix would be read across its rows."""
     return compiled(stats) and not any(role == MATRIX for s in stats for _, role, _ in s.tensors())
