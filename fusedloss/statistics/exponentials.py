@@ -51,8 +51,8 @@ class LogSumExp(Statistic):
     def of(self, z, first):
         if z.shape[1] == 0:
             return self.identity(z.shape[0], z.device)
-        z = torch.where(z == -torch.inf, z, self.factor * z)
         z = self.visible(z, first)
+        z = torch.where(z == -torch.inf, z, self.factor * z)
         m = z.detach().amax(-1)
         total = summed(torch.exp(z - _finite_shift(m).unsqueeze(-1)))
         return torch.stack([torch.where(m == -torch.inf, m, _finite_shift(m)).double(), total], 1)
