@@ -119,7 +119,8 @@ class Expectation(Statistic):
         z = self.visible(z, first)
         p = _probability(z, self.factor, state)
         away = self.factor * (self._values(z) - self.value(state).to(z.dtype))
-        return coefficient * p * (1 + away if self.values is None else away)
+        slope = coefficient * p * (1 + away if self.values is None else away)
+        return torch.where(p == 0, 0.0, slope)  # also where nothing counts, and the mean is NaN
 
 
 # g and g' of LogSumExpOf, by name; the last argument is the statistic's parameter m. `circle` is Circle loss's
