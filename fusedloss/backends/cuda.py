@@ -78,9 +78,13 @@ def _takes_across(stats: Sequence[S.Statistic]) -> bool:
 
 def column_statistics(tile: Tile, stats: Sequence[S.Statistic], states: Sequence[Tensor]) -> None:
     """Merge the tile into states of its columns; the statistics see it transposed."""
-    if not _takes_across(stats):
-        return plain.column_statistics(tile, stats, states)
-    given = arguments(stats, states)
+    taken = [_takes_across([s]) for s in stats]
+    left = [pair for pair, mine in zip(zip(stats, states), taken) if not mine]
+    if left:
+        plain.column_statistics(tile, *zip(*left))
+    if not any(taken):
+        return
+    given = arguments(*zip(*(pair for pair, mine in zip(zip(stats, states), taken) if mine)))
     what = native_tile(tile), [a.native for a in given]
     _launch(
         tile.data.device,
@@ -100,7 +104,7 @@ def gradient(
 ) -> None:
     """out = ∂L/∂a of the tile, given ∂L/∂value of every statistic; `out` may share the tile's memory."""
     below = across or Across((), (), ())
-    if not (compiled(stats) and _takes_across(below.stats) and len(stats) + len(below.stats) <= _native.CUDA_STATISTICS):
+    if not (compiled(stats) and _takes_across(below.stats)):
         return plain.gradient(tile, out, stats, states, coefficients, sums, across)
     given, given_across = arguments(stats, states, coefficients), arguments(below.stats, below.states, below.coefficients)
     what = [a.native for a in given], native_sums(sums), [a.native for a in given_across]
