@@ -87,7 +87,7 @@ inline int check_statistic(int32_t i, const fl_statistic& k, const fl_tile& t, b
     return fail("statistic %d: fl_log_function %d is unknown", i, k.function);
   if (k.kind == FL_EXTREME && std::fabs(k.factor) != 1)
     return fail("statistic %d: the factor of FL_EXTREME is %g, expected 1 or -1", i, k.factor);
-  if (k.kind == FL_EXPECTATION && k.function != FL_V_SCORE && !k.operand && any_rows)
+  if (k.kind == FL_EXPECTATION && k.function != FL_V_SCORE && !k.operand && any_rows && t.columns > 0)
     return fail("statistic %d: an expectation of an operand has none", i);
   if (k.operand && !is_dtype(k.operand_dtype))
     return fail("statistic %d: operand_dtype %d is unknown", i, k.operand_dtype);

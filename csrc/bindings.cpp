@@ -22,7 +22,7 @@ void raise_if(int status) {
 
 fl_tile make_tile(uintptr_t data, int64_t rows, int64_t columns, int64_t stride, int32_t dtype, int64_t first_column,
                   int64_t first_row, float softcap, float scale, uintptr_t bias, uintptr_t class_scale,
-                  uintptr_t class_shift) {
+                  uintptr_t class_shift, uintptr_t scale_pointer) {
   fl_tile t{};
   t.data = pointer<const void>(data);
   t.rows = rows;
@@ -36,6 +36,7 @@ fl_tile make_tile(uintptr_t data, int64_t rows, int64_t columns, int64_t stride,
   t.bias = pointer<const float>(bias);
   t.class_scale = pointer<const float>(class_scale);
   t.class_shift = pointer<const float>(class_shift);
+  t.scale_pointer = pointer<const float>(scale_pointer);
   return t;
 }
 
@@ -142,15 +143,28 @@ void cuda_statistics(const fl_tile& tile, const std::vector<fl_statistic>& wante
                               pointer<void>(stream)));
 }
 
-int64_t cuda_gradient_workspace(const fl_tile& tile, const std::vector<fl_statistic>& wanted, const fl_sums* sums) {
-  return fl_cuda_gradient_workspace(&tile, wanted.data(), (int32_t)wanted.size(), sums);
+int64_t cuda_column_statistics_workspace(const fl_tile& tile, const std::vector<fl_statistic>& wanted) {
+  return fl_cuda_column_statistics_workspace(&tile, wanted.data(), (int32_t)wanted.size());
+}
+
+void cuda_column_statistics(const fl_tile& tile, const std::vector<fl_statistic>& wanted, uintptr_t workspace,
+                            int64_t bytes, uintptr_t stream) {
+  raise_if(fl_cuda_column_statistics(&tile, wanted.data(), (int32_t)wanted.size(), pointer<void>(workspace), bytes,
+                                     pointer<void>(stream)));
+}
+
+int64_t cuda_gradient_workspace(const fl_tile& tile, const std::vector<fl_statistic>& wanted, const fl_sums* sums,
+                                const std::vector<fl_statistic>& across) {
+  return fl_cuda_gradient_workspace(&tile, wanted.data(), (int32_t)wanted.size(), across.data(), (int32_t)across.size(),
+                                    sums);
 }
 
 void cuda_gradient(const fl_tile& tile, uintptr_t out, int64_t out_stride, int32_t out_dtype,
-                   const std::vector<fl_statistic>& wanted, const fl_sums* sums, uintptr_t workspace, int64_t bytes,
-                   uintptr_t stream) {
-  raise_if(fl_cuda_gradient(&tile, pointer<void>(out), out_stride, out_dtype, wanted.data(), (int32_t)wanted.size(), sums,
-                            pointer<void>(workspace), bytes, pointer<void>(stream)));
+                   const std::vector<fl_statistic>& wanted, const fl_sums* sums, const std::vector<fl_statistic>& across,
+                   uintptr_t workspace, int64_t bytes, uintptr_t stream) {
+  raise_if(fl_cuda_gradient(&tile, pointer<void>(out), out_stride, out_dtype, wanted.data(), (int32_t)wanted.size(),
+                            across.data(), (int32_t)across.size(), sums, pointer<void>(workspace), bytes,
+                            pointer<void>(stream)));
 }
 
 void cuda_gradient_of_exponentials(const fl_tile& tile, const std::vector<fl_statistic>& wanted, const fl_sums* sums,
@@ -174,7 +188,8 @@ PYBIND11_MODULE(_native, m) {
   py::class_<fl_tile>(m, "Tile").def(
       py::init(&make_tile), py::kw_only(), py::arg("data"), py::arg("rows"), py::arg("columns"), py::arg("stride"),
       py::arg("dtype"), py::arg("first_column") = 0, py::arg("first_row") = 0, py::arg("softcap") = 0.0f,
-      py::arg("scale") = 1.0f, py::arg("bias") = 0, py::arg("class_scale") = 0, py::arg("class_shift") = 0).def("__bytes__", &bytes_of<fl_tile>);
+      py::arg("scale") = 1.0f, py::arg("bias") = 0, py::arg("class_scale") = 0, py::arg("class_shift") = 0,
+      py::arg("scale_pointer") = 0).def("__bytes__", &bytes_of<fl_tile>);
   py::class_<fl_statistic>(m, "Statistic").def(
       py::init(&make_statistic), py::kw_only(), py::arg("kind"), py::arg("where") = (int)FL_ALL, py::arg("function") = 0,
       py::arg("count") = 1, py::arg("factor") = 1.0, py::arg("parameter") = 0.0, py::arg("weight") = 1.0,
@@ -203,9 +218,14 @@ PYBIND11_MODULE(_native, m) {
   m.def("cuda_statistics_workspace", &cuda_statistics_workspace, py::arg("tile"), py::arg("statistics"));
   m.def("cuda_statistics", &cuda_statistics, py::arg("tile"), py::arg("statistics"), py::arg("workspace"),
         py::arg("bytes"), py::arg("stream"));
-  m.def("cuda_gradient_workspace", &cuda_gradient_workspace, py::arg("tile"), py::arg("statistics"), py::arg("sums"));
+  m.def("cuda_column_statistics_workspace", &cuda_column_statistics_workspace, py::arg("tile"), py::arg("statistics"));
+  m.def("cuda_column_statistics", &cuda_column_statistics, py::arg("tile"), py::arg("statistics"), py::arg("workspace"),
+        py::arg("bytes"), py::arg("stream"));
+  m.def("cuda_gradient_workspace", &cuda_gradient_workspace, py::arg("tile"), py::arg("statistics"), py::arg("sums"),
+        py::arg("across") = std::vector<fl_statistic>());
   m.def("cuda_gradient", &cuda_gradient, py::arg("tile"), py::arg("out"), py::arg("out_stride"), py::arg("out_dtype"),
-        py::arg("statistics"), py::arg("sums"), py::arg("workspace"), py::arg("bytes"), py::arg("stream"));
+        py::arg("statistics"), py::arg("sums"), py::arg("across"), py::arg("workspace"), py::arg("bytes"),
+        py::arg("stream"));
   m.def("cuda_gradient_of_exponentials", &cuda_gradient_of_exponentials, py::arg("tile"), py::arg("statistics"),
         py::arg("sums"), py::arg("workspace"), py::arg("bytes"), py::arg("stream"));
   m.def("isa", [] { return std::string(fl_isa()); });

@@ -25,7 +25,13 @@ FL_FUNCTION const char* row_of(const void* data, int32_t dtype, int64_t stride, 
 }
 
 FL_FUNCTION bool is_plain(const fl_tile& t) {
-  return !t.bias && !t.class_scale && !t.class_shift && t.softcap == 0 && t.scale == 1;
+  return !t.bias && !t.class_scale && !t.class_shift && t.softcap == 0 && t.scale == 1 && !t.scale_pointer;
+}
+
+// The tile with its scale as a number: read once, for all of a thread's scores.
+FL_DEVICE fl_tile with_scale(fl_tile t) {
+  if (t.scale_pointer) t.scale = *t.scale_pointer;
+  return t;
 }
 
 // Window `number` of a row that begins at `row`, of `step` columns; with step 0, of as many as the threads hold, `room`,
@@ -126,6 +132,48 @@ FL_DEVICE float score_of(const fl_tile& t, int64_t j, float a, float& slope, flo
   return z;
 }
 
+constexpr int32_t every_relation = FL_REST | FL_SAME | FL_OTHER | FL_ABOVE | FL_BELOW;
+
+FL_FUNCTION bool picks(const fl_statistic& k) { return k.kind == FL_SCORE || k.kind == FL_EXTREME; }
+
+// Statistics of columns, of the kinds that are sums.
+inline int check_columns(const fl_tile* tile, const fl_statistic* statistics, int32_t count, bool differentiated) {
+  constexpr Abilities able = {FL_CUDA_STATISTICS, 0, 0, FL_LOGSUMEXP_OF, every_relation};
+  if (int status = fl::check_across(tile, statistics, count, differentiated, able)) return status;
+  for (int32_t i = 0; i < count; ++i)
+    if (picks(statistics[i])) return fail("statistic %d: kind %d of columns has no CUDA kernel", i, statistics[i].kind);
+  return 0;
+}
+
+inline bool has_relations(const fl_statistic* statistics, int32_t count) {
+  for (int32_t i = 0; i < count; ++i)
+    if (statistics[i].where & ~FL_REST) return true;
+  return false;
+}
+
+// Of a thread's scores z, those left of the ones in `bits` when labels and thresholds have spoken. Score i is in row(i) and
+// column(i) of what the statistic takes for the tile.
+template <int size, class Row, class Column>
+FL_DEVICE uint32_t related(const fl_statistic& k, const float* z, uint32_t bits, Row row, Column column) {
+  if (k.where & (FL_SAME | FL_OTHER)) {
+    uint32_t equal = 0;
+#pragma unroll
+    for (int i = 0; i < size; ++i)
+      if (bits >> i & 1) equal |= (uint32_t)(k.row_label[row(i)] == k.column_label[column(i)]) << i;
+    bits &= k.where & FL_SAME ? equal : ~equal;
+  }
+  uint32_t beyond = 0;
+  if (k.where & FL_ABOVE)
+#pragma unroll
+    for (int i = 0; i < size; ++i)
+      if (bits >> i & 1) beyond |= (uint32_t)(z[i] <= k.above[row(i)]) << i;
+  if (k.where & FL_BELOW)
+#pragma unroll
+    for (int i = 0; i < size; ++i)
+      if (bits >> i & 1) beyond |= (uint32_t)(z[i] >= k.below[row(i)]) << i;
+  return bits & ~beyond;
+}
+
 // A thread's part of a window.
 template <int vectors>
 struct Part {
@@ -170,13 +218,17 @@ struct Part {
     for (int i = 0; i < size; ++i) v[i] = 1;
   }
 
-  // Bit i is set where score i counts.
+  // Bit i is set where score i counts. Kernels that know no labels and thresholds need fewer registers.
+  template <bool relations>
   FL_DEVICE static uint32_t counting(const fl_statistic& k, int64_t row, int64_t first_class, const Window& w,
                                      const float* z) {
     uint32_t bits = 0;
 #pragma unroll
     for (int i = 0; i < size; ++i) bits |= (uint32_t)(z[i] != -INFINITY) << i;
-    if (k.where != FL_REST || k.rest[row] < 0) return bits;
+    if (relations && (k.where & ~FL_REST))
+      bits = related<size>(k, z, bits, [&](int) { return row; },
+                           [&](int i) { return w.origin + at(i / vector) + i % vector; });
+    if (!(k.where & FL_REST) || k.rest[row] < 0) return bits;
     const int64_t away = k.rest[row] - first_class - w.origin;
     if (away < w.low || away >= w.high) return bits;
     const uint32_t place = (uint32_t)away, owner = place / vector % blockDim.x;
@@ -195,6 +247,7 @@ struct Exchange { double parts[2][3][most_threads / warp]; };
 class Reduction {
  public:
   FL_DEVICE Reduction() : memory_(shared<Exchange>()) {}
+  FL_DEVICE bool leads() const { return threadIdx.x == 0; }
 
   template <int n>
   FL_DEVICE void sum(double* x) {

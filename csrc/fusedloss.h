@@ -24,6 +24,7 @@ typedef struct {
   int32_t dtype;             // fl_dtype
   float softcap, scale;
   const float *bias, *class_scale, *class_shift;
+  const float* scale_pointer;   // on a device: null, or where to read `scale`, which the host then need not wait for
 } fl_tile;
 
 typedef enum {               // state (doubles per row; merged into, so start from the identity)   value
@@ -131,9 +132,10 @@ int fl_gradient(const fl_tile* tile, void* out, int64_t out_stride, int32_t out_
 // are that one, and FL_SCOREs and FL_COUNTs; softcap must be 0, class_scale and scale sums are not to be had.
 int fl_gradient_of_exponentials(const fl_tile* tile, const fl_statistic* statistics, int32_t count, const fl_sums* sums);
 
-// The three primitives on a CUDA device: all pointers but `tile`, `statistics` and `sums` themselves are the device's, `stream`
+// The primitives on a CUDA device: all pointers but `tile`, `statistics` and `sums` themselves are the device's, `stream`
 // is a cudaStream_t of the current device. They launch and return: nothing is allocated, nothing waits, a stream in
-// capture records them. A pass takes at most FL_CUDA_STATISTICS statistics. What they need beside their arguments the
+// capture records them. A pass takes at most FL_CUDA_STATISTICS statistics of rows and as many of columns, but no FL_SCORE and
+// FL_EXTREME of columns. What they need beside their arguments the
 // caller allocates: `workspace`, 16-byte aligned, of at least as many bytes as the function beside each one says, free
 // for use again in stream order. No atomics: the same bits each time. fl_cuda_compiled is 0 where the library was built
 // without nvcc; then the calls fail.
@@ -142,11 +144,15 @@ int fl_cuda_compiled(void);
 int64_t fl_cuda_statistics_workspace(const fl_tile* tile, const fl_statistic* statistics, int32_t count);
 int fl_cuda_statistics(const fl_tile* tile, const fl_statistic* statistics, int32_t count, void* workspace,
                        int64_t workspace_bytes, void* stream);
+int64_t fl_cuda_column_statistics_workspace(const fl_tile* tile, const fl_statistic* statistics, int32_t count);
+int fl_cuda_column_statistics(const fl_tile* tile, const fl_statistic* statistics, int32_t count, void* workspace,
+                              int64_t workspace_bytes, void* stream);
 int64_t fl_cuda_gradient_workspace(const fl_tile* tile, const fl_statistic* statistics, int32_t count,
+                                   const fl_statistic* across, int32_t across_count,
                                    const fl_sums* sums);   // of both gradients
 int fl_cuda_gradient(const fl_tile* tile, void* out, int64_t out_stride, int32_t out_dtype,
-                     const fl_statistic* statistics, int32_t count, const fl_sums* sums, void* workspace,
-                     int64_t workspace_bytes, void* stream);
+                     const fl_statistic* statistics, int32_t count, const fl_statistic* across, int32_t across_count,
+                     const fl_sums* sums, void* workspace, int64_t workspace_bytes, void* stream);
 int fl_cuda_gradient_of_exponentials(const fl_tile* tile, const fl_statistic* statistics, int32_t count,
                                      const fl_sums* sums, void* workspace, int64_t workspace_bytes, void* stream);
 

@@ -9,10 +9,15 @@ extern "C" {
 
 int fl_cuda_compiled(void) { return 0; }
 int64_t fl_cuda_statistics_workspace(const fl_tile*, const fl_statistic*, int32_t) { return 0; }
-int64_t fl_cuda_gradient_workspace(const fl_tile*, const fl_statistic*, int32_t, const fl_sums*) { return 0; }
+int64_t fl_cuda_column_statistics_workspace(const fl_tile*, const fl_statistic*, int32_t) { return 0; }
+int64_t fl_cuda_gradient_workspace(const fl_tile*, const fl_statistic*, int32_t, const fl_statistic*, int32_t,
+                                   const fl_sums*) {
+  return 0;
+}
 int fl_cuda_statistics(const fl_tile*, const fl_statistic*, int32_t, void*, int64_t, void*) { return refuse(); }
-int fl_cuda_gradient(const fl_tile*, void*, int64_t, int32_t, const fl_statistic*, int32_t, const fl_sums*, void*, int64_t,
-                     void*) {
+int fl_cuda_column_statistics(const fl_tile*, const fl_statistic*, int32_t, void*, int64_t, void*) { return refuse(); }
+int fl_cuda_gradient(const fl_tile*, void*, int64_t, int32_t, const fl_statistic*, int32_t, const fl_statistic*, int32_t,
+                     const fl_sums*, void*, int64_t, void*) {
   return refuse();
 }
 int fl_cuda_gradient_of_exponentials(const fl_tile*, const fl_statistic*, int32_t, const fl_sums*, void*, int64_t, void*) {

@@ -7,7 +7,7 @@
 // A gradient narrower than the tile it replaces lies at lower addresses than the scores it is made of. Then one block
 // of threads walks the whole row from left to right, with a barrier between reading a window and storing it: what is
 // stored falls on scores of this window and of those to its left only, all of them read.
-#include "device_tile.h"
+#include "device_across.h"
 
 namespace fl {
 namespace FL_ISA {
@@ -22,19 +22,18 @@ struct Pass {
   void* out;                  // null: only sums are wanted
   int64_t out_stride;
   int32_t out_dtype;
-  fl_statistic statistics[FL_CUDA_STATISTICS];
-  int32_t count, plain, in_rows;        // in_rows: a block of threads walks whole rows
+  fl_statistic statistics[2 * FL_CUDA_STATISTICS];   // `count` of rows, then `columns` of columns
+  int32_t count, columns, plain, in_rows;        // in_rows: a block of threads walks whole rows
   int32_t kept, rows_each;              // kept: the log-sum-exp whose exponentials the tile holds, or -1
   int64_t windows, groups;              // of columns, and of rows
   fl_sums sums;
   Derivative* derivative;               // rows x count
+  Across across;
   uint32_t* active;                     // rows: bit k is set where statistic k has a coefficient other than 0
   float* factor;                        // shifts x rows: what exponentials are multiplied by
   float *bias, *class_shift, *class_scale, *largest;   // groups x columns, null where not wanted
   double* scale;                        // groups x windows
 };
-
-FL_FUNCTION bool picks(const fl_statistic& k) { return k.kind == FL_SCORE || k.kind == FL_EXTREME; }
 
 FL_DEVICE bool is_active(const fl_statistic& k, int64_t row) {
   if (k.kind == FL_COUNT) return false;
@@ -69,6 +68,21 @@ __global__ void __launch_bounds__(most_threads) derivative_kernel(const __grid_c
   p.active[row] = active;
 }
 
+// One thread for a column.
+__global__ void __launch_bounds__(most_threads) derivative_across_kernel(const __grid_constant__ Pass p) {
+  const int64_t column = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+  if (column >= p.tile.columns) return;
+  for (int i = 0; i < p.columns; ++i) {
+    const fl_statistic& k = p.statistics[p.count + i];
+    Derivative d{};
+    if (is_active(k, column))
+      with_statistic<float>(k, 0, [&](const auto& f) {
+        d = f.derivative(k, k.state + column * f.width, k.coefficient + column * f.coefficients);
+      });
+    p.across.store(i, column, d);
+  }
+}
+
 // Adds the coefficients of a statistic that picks columns, where their scores count.
 FL_DEVICE void add_picked(const fl_statistic& k, int64_t row, int64_t first_class, const Window& w, const float* z,
                           float* g) {
@@ -83,12 +97,13 @@ FL_DEVICE void add_picked(const fl_statistic& k, int64_t row, int64_t first_clas
   }
 }
 
-// g = dL/dz of scores z.
+// g = dL/dz of scores z, through the statistics of rows.
+template <bool relations>
 FL_DEVICE void slopes(const Pass& p, int64_t row, uint32_t active, const Window& w, const float* z, float* g) {
   for (int i = 0; i < p.count; ++i) {
     const fl_statistic& k = p.statistics[i];
     if (!(active >> i & 1) || picks(k)) continue;
-    const uint32_t counts = Entries::counting(k, row, p.tile.first_column, w, z);
+    const uint32_t counts = Entries::counting<relations>(k, row, p.tile.first_column, w, z);
     const Derivative d = p.derivative[row * p.count + i];
     float v[vector];
     Entries::load_operand(k, row, w, v);
@@ -126,9 +141,10 @@ FL_DEVICE void store_sums(float* to, const Pass& p, const Window& w, const float
                w.high - Entries::at(0), sums);
 }
 
-template <bool with_sums, bool of_exponentials>
-__global__ void __launch_bounds__(most_threads, 2) gradient_kernel(const __grid_constant__ Pass p) {
-  const fl_tile& t = p.tile;
+// Without labels, thresholds and statistics of columns, which are `more`, it needs fewer registers.
+template <bool with_sums, bool of_exponentials, bool more>
+__global__ void __launch_bounds__(most_threads, with_sums || more ? 2 : 3) gradient_kernel(const __grid_constant__ Pass p) {
+  const fl_tile t = with_scale(p.tile);
   const int64_t first_row = (int64_t)blockIdx.x * p.rows_each;
   const int64_t end_row = first_row + p.rows_each < t.rows ? first_row + p.rows_each : t.rows;
   const int64_t first_window = p.in_rows ? 0 : blockIdx.y, end_window = p.in_rows ? p.windows : first_window + 1;
@@ -141,11 +157,12 @@ __global__ void __launch_bounds__(most_threads, 2) gradient_kernel(const __grid_
       // A thread that sums over rows keeps to its columns, wherever the rows begin.
       w = window_of(data, t.dtype, t.columns, number, with_sums ? Entries::room() : 0, Entries::room());
       const uint32_t active = p.active[row];
+      const bool looks = active || (more && p.columns > 0);
       const int at = Entries::at(0);
       float z[vector], slope[vector], cap[vector], g[vector] = {};
-      if (active) load_vector(data, t.dtype, w.origin + at, w.low - at, w.high - at, of_exponentials ? 0 : -INFINITY, z);
+      if (looks) load_vector(data, t.dtype, w.origin + at, w.low - at, w.high - at, of_exponentials ? 0 : -INFINITY, z);
       if (p.in_rows) barrier<Barrier::loaded>();
-      if (active) {
+      if (looks) {
         if (!p.plain) {
 #pragma unroll
           for (int i = 0; i < vector; ++i) {
@@ -157,7 +174,10 @@ __global__ void __launch_bounds__(most_threads, 2) gradient_kernel(const __grid_
           }
         }
         if (of_exponentials) slopes_of_exponentials(p, row, w, z, g);
-        else slopes(p, row, active, w, z, g);
+        else slopes<more>(p, row, active, w, z, g);
+        for (int i = 0; more && i < p.columns; ++i)
+          add_across(p.statistics[p.count + i], p.across.of(i), p.across.pitch, row, t.first_row, w.origin + at, w.low - at,
+                     w.high - at, z, g);
         for (int i = 0; i < p.count; ++i)
           if ((active >> i & 1) && picks(p.statistics[i]))
             add_picked(p.statistics[i], row, t.first_column, w, z, g);
@@ -166,16 +186,16 @@ __global__ void __launch_bounds__(most_threads, 2) gradient_kernel(const __grid_
 #pragma unroll
           for (int i = 0; i < vector; ++i) {
             class_shift[i] += g[i];
-            if (!of_exponentials && !p.plain && (p.class_scale || p.scale)) {
+            if (!of_exponentials && !p.plain && (p.class_scale || p.scale) && g[i] != 0) {
               class_scale[i] += g[i] * cap[i] * t.scale;
-              if (g[i] != 0) scaled += g[i] * cap[i] * (t.class_scale ? t.class_scale[w.origin + at + i] : 1);
+              scaled += g[i] * cap[i] * (t.class_scale ? t.class_scale[w.origin + at + i] : 1);
             }
           }
           scale += scaled;
         }
         if (!p.plain) {
 #pragma unroll
-          for (int i = 0; i < vector; ++i) g[i] *= slope[i];
+          for (int i = 0; i < vector; ++i) g[i] = g[i] == 0 ? 0 : g[i] * slope[i];   // also where the slope is NaN
         }
         if (with_sums) {
 #pragma unroll
@@ -234,15 +254,22 @@ __global__ void __launch_bounds__(most_threads) join_kernel(const __grid_constan
 
 // ---- on the host ---------------------------------------------------------------------------------------------------
 
-constexpr Abilities able = {FL_CUDA_STATISTICS, FL_CUDA_KEPT_COLUMNS, INT64_MAX, FL_COUNT, FL_REST};
+constexpr Abilities able = {FL_CUDA_STATISTICS, FL_CUDA_KEPT_COLUMNS, INT64_MAX, FL_LOGSUMEXP_OF, every_relation};
+
+int check_both(const fl_tile* tile, const fl_statistic* statistics, int32_t count, const fl_statistic* across,
+               int32_t across_count) {
+  if (int status = fl::check(tile, statistics, count, true, able)) return status;
+  return check_columns(tile, across, across_count, true);
+}
 
 bool any(const fl_sums& s) { return s.bias || s.class_shift || s.class_scale || s.scale || s.largest; }
 
-Pass pass_of(const fl_tile& tile, const fl_statistic* statistics, int32_t count, const fl_sums* sums, bool exponentials,
-             int& threads, Workspace& workspace) {
+Pass pass_of(const fl_tile& tile, const fl_statistic* statistics, int32_t count, const fl_statistic* across,
+             int32_t columns, const fl_sums* sums, bool exponentials, int& threads, Workspace& workspace) {
   Pass p{};
   p.tile = tile;
   p.count = count;
+  p.columns = columns;
   p.kept = -1;
   p.sums = sums ? *sums : fl_sums{};
   p.plain = is_plain(tile) && !p.sums.class_scale && !p.sums.scale;
@@ -250,11 +277,14 @@ Pass pass_of(const fl_tile& tile, const fl_statistic* statistics, int32_t count,
     p.statistics[i] = statistics[i];
     if (exponentials && statistics[i].kind == FL_LOGSUMEXP) p.kept = i;
   }
+  for (int32_t i = 0; i < columns; ++i) p.statistics[count + i] = across[i];
   threads = threads_for(tile.columns, Entries::size);
   p.windows = divided_up(tile.columns + 7, (int64_t)threads * Entries::size);
   p.groups = divided_up(tile.rows, rows_with_sums);
   p.active = workspace.take<uint32_t>(tile.rows);
   p.derivative = workspace.take<Derivative>(exponentials ? 0 : tile.rows * count);
+  p.across.pitch = divided_up(tile.columns, vector) * vector;
+  p.across.derivative = workspace.take<float>(4 * columns * p.across.pitch);
   const int64_t shifts = exponentials ? divided_up(tile.columns, p.statistics[p.kept].keep_block) : 0;
   p.factor = workspace.take<float>(shifts * tile.rows);
   auto sums_for = [&](const float* wanted) { return workspace.take<float>(wanted ? p.groups * tile.columns : 0); };
@@ -266,18 +296,21 @@ Pass pass_of(const fl_tile& tile, const fl_statistic* statistics, int32_t count,
   return p;
 }
 
-template <bool of_exponentials>
+template <bool of_exponentials, bool more>
 int run(Pass p, int threads, void* stream) {
   const fl_tile& t = p.tile;
   const int64_t shifts = of_exponentials ? divided_up(t.columns, p.statistics[p.kept].keep_block) : 1;
   const int few = most_threads < 64 ? most_threads : 64;
   if (int status = launch("derivatives", derivative_kernel, divided_up(t.rows, few), shifts, few, stream, p)) return status;
+  if (p.columns)
+    if (int status = launch("derivatives of columns", derivative_across_kernel, divided_up(t.columns, few), 1, few, stream, p))
+      return status;
   if (any(p.sums)) {
     Pass with = p;
     with.rows_each = rows_with_sums;
     with.in_rows = 0;
     if (p.in_rows) with.out = nullptr;  // a second look at the scores, for a tile that is to be narrowed in place
-    if (int status = launch("gradient with sums", gradient_kernel<true, of_exponentials>, p.groups, p.windows, threads,
+    if (int status = launch("gradient with sums", gradient_kernel<true, of_exponentials, more>, p.groups, p.windows, threads,
                             stream, with))
       return status;
     if (int status = launch("sums", join_kernel, divided_up(t.columns, most_threads) + 1, 1, most_threads, stream, p))
@@ -285,7 +318,7 @@ int run(Pass p, int threads, void* stream) {
     if (!p.in_rows) return 0;
   }
   p.rows_each = p.in_rows ? 1 : rows_without;
-  return launch("gradient", gradient_kernel<false, of_exponentials>, divided_up(t.rows, p.rows_each),
+  return launch("gradient", gradient_kernel<false, of_exponentials, more>, divided_up(t.rows, p.rows_each),
                 p.in_rows ? 1 : p.windows, threads, stream, p);
 }
 
@@ -298,32 +331,33 @@ extern "C" {
 using namespace fl::cuda;
 
 int64_t fl_cuda_gradient_workspace(const fl_tile* tile, const fl_statistic* statistics, int32_t count,
-                                   const fl_sums* sums) {
-  if (fl::check(tile, statistics, count, true, able) || tile->rows == 0 || tile->columns == 0) return 0;
+                                   const fl_statistic* across, int32_t across_count, const fl_sums* sums) {
+  if (check_both(tile, statistics, count, across, across_count) || tile->rows == 0 || tile->columns == 0) return 0;
   int threads;
   Workspace plain(nullptr), exponentials(nullptr);
-  pass_of(*tile, statistics, count, sums, false, threads, plain);
+  pass_of(*tile, statistics, count, across, across_count, sums, false, threads, plain);
   int kept = 0;
   for (int32_t i = 0; i < count; ++i) kept += statistics[i].kind == FL_LOGSUMEXP && statistics[i].keep_block > 0;
-  if (kept) pass_of(*tile, statistics, count, sums, true, threads, exponentials);
+  if (kept) pass_of(*tile, statistics, count, nullptr, 0, sums, true, threads, exponentials);
   return plain.used() > exponentials.used() ? plain.used() : exponentials.used();
 }
 
 int fl_cuda_gradient(const fl_tile* tile, void* out, int64_t out_stride, int32_t out_dtype,
-                     const fl_statistic* statistics, int32_t count, const fl_sums* sums, void* memory, int64_t bytes,
-                     void* stream) {
-  if (int status = fl::check(tile, statistics, count, true, able)) return status;
+                     const fl_statistic* statistics, int32_t count, const fl_statistic* across, int32_t across_count,
+                     const fl_sums* sums, void* memory, int64_t bytes, void* stream) {
+  if (int status = check_both(tile, statistics, count, across, across_count)) return status;
   if (int status = fl::check_out(*tile, out, out_stride, out_dtype)) return status;
   if (tile->rows == 0 || tile->columns == 0) return 0;
   int threads;
   Workspace workspace(memory);
-  Pass p = pass_of(*tile, statistics, count, sums, false, threads, workspace);
+  Pass p = pass_of(*tile, statistics, count, across, across_count, sums, false, threads, workspace);
   if (int status = check_workspace(memory, bytes, workspace.used())) return status;
   p.out = out;
   p.out_stride = out_stride;
   p.out_dtype = out_dtype;
   p.in_rows = out == tile->data && size_of(out_dtype) < size_of(tile->dtype);
-  return run<false>(p, threads, stream);
+  const bool more = across_count > 0 || has_relations(statistics, count);
+  return more ? run<false, true>(p, threads, stream) : run<false, false>(p, threads, stream);
 }
 
 int fl_cuda_gradient_of_exponentials(const fl_tile* tile, const fl_statistic* statistics, int32_t count,
@@ -333,12 +367,12 @@ int fl_cuda_gradient_of_exponentials(const fl_tile* tile, const fl_statistic* st
   if (tile->rows == 0 || tile->columns == 0) return 0;
   int threads;
   Workspace workspace(memory);
-  Pass p = pass_of(*tile, statistics, count, sums, true, threads, workspace);
+  Pass p = pass_of(*tile, statistics, count, nullptr, 0, sums, true, threads, workspace);
   if (int status = check_workspace(memory, bytes, workspace.used())) return status;
   p.out = const_cast<void*>(tile->data);
   p.out_stride = tile->stride;
   p.out_dtype = tile->dtype;
-  return run<true>(p, threads, stream);
+  return run<true, false>(p, threads, stream);
 }
 
 }  // extern "C"

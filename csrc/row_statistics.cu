@@ -1,39 +1,23 @@
 // fl_cuda_statistics: a block of threads reads a row window by window, once, and keeps the window in registers while
 // every statistic looks at it. Where a tile has few rows, several blocks share a row: each leaves its states in the
 // workspace, and a second kernel merges them in the order of the columns.
-#include "device_tile.h"
+#include "device_states.h"
 
 namespace fl {
 namespace FL_ISA {
 namespace {
 
-struct Pass {
+struct Pass : States {
   fl_tile tile;
-  fl_statistic statistics[FL_CUDA_STATISTICS];
-  int32_t width[FL_CUDA_STATISTICS], offset[FL_CUDA_STATISTICS];   // of a statistic in a row of `partial`
-  int32_t count, total_width, splits;
   int32_t softmax;            // the log-sum-exp of the common family below, or -1
   int32_t plain;
   int64_t step;               // of the windows, 0: as many columns as the threads hold
   int64_t windows_each;       // to a split
-  double* partial;            // splits x rows x total_width; null: states are merged at once
 };
 
 using Scores = Part<2>;       // 16 columns of the window to a thread: that many floats are summed before a double
 
 // ---- states --------------------------------------------------------------------------------------------------------
-
-FL_DEVICE double* state_of(const Pass& p, int i, int64_t row, int split) {
-  if (!p.partial) return p.statistics[i].state + row * p.width[i];
-  return p.partial + (split * p.tile.rows + row) * p.total_width + p.offset[i];
-}
-
-// The identity of the state's k-th number.
-FL_DEVICE double identity(const fl_statistic& s, int k) {
-  if (s.kind == FL_LOGSUMEXP || s.kind == FL_EXPECTATION) return k == 0 ? -INFINITY : 0;
-  if (s.kind == FL_EXTREME) return k < s.count ? -s.factor * INFINITY : -1;
-  return 0;
-}
 
 // No barrier follows: single scores are added by the threads that clear them, and whoever else reads a state has passed
 // the barrier of a reduction.
@@ -47,13 +31,13 @@ FL_DEVICE void clear_partial(const Pass& p, int64_t row, int split) {
 // ---- statistics that pick columns ----------------------------------------------------------------------------------
 
 // Single scores are read where they lie, before anything is kept in the tile.
-FL_DEVICE void push_scores(const Pass& p, const fl_statistic& k, const char* data, int64_t row, int64_t first,
+FL_DEVICE void push_scores(const fl_tile& t, const fl_statistic& k, const char* data, int64_t row, int64_t first,
                            int64_t end, double* state) {
   for (int c = threadIdx.x; c < k.count; c += blockDim.x) {
-    const int64_t at = k.at[row * k.at_stride + c], place = at - p.tile.first_column;
+    const int64_t at = k.at[row * k.at_stride + c], place = at - t.first_column;
     if (at < 0 || place < first || place >= end) continue;
     float slope, cap;
-    state[c] += score_of(p.tile, place, load_one(data, p.tile.dtype, place), slope, cap);
+    state[c] += score_of(t, place, load_one(data, t.dtype, place), slope, cap);
   }
 }
 
@@ -90,55 +74,11 @@ FL_DEVICE void push_extreme(const fl_statistic& k, const float* z, uint32_t coun
   }
 }
 
-// ---- statistics that are sums --------------------------------------------------------------------------------------
-
-// All threads come by the pivot; thread 0 merges into the state. Between its writes and the others' reads in the next
-// window lies the barrier of the pivot's reduction, between those reads and its next writes that of the sums'.
-template <class F>
-FL_DEVICE void push(const F& f, double factor, const float* z, const float* v, uint32_t counts, Reduction& joined,
-                    double* state) {
-  double pivot = 0;
-  if (F::pivot == Pivot::mean) {
-    double sums[2] = {0, 0};
-    float sum = 0;
-#pragma unroll
-    for (int i = 0; i < Scores::size; ++i)
-      if (counts >> i & 1) sum += z[i];
-    sums[0] = sum;
-    sums[1] = __popc(counts);
-    joined.sum<2>(sums);
-    pivot = sums[1] > 0 ? (float)(sums[0] / sums[1]) : 0;
-  }
-  if (F::pivot == Pivot::maximum) {
-    const float sign = factor < 0 ? -1.0f : 1.0f;
-    float most = -INFINITY;
-#pragma unroll
-    for (int i = 0; i < Scores::size; ++i)
-      if (counts >> i & 1) most = larger(sign * z[i], most);
-    most = joined.largest(most);
-    pivot = most == -INFINITY ? most : (float)(factor * sign * most);
-    if (!(pivot >= state[0])) pivot = (float)state[0];
-  }
-  const float p = pivot == -INFINITY ? 0 : (float)pivot;
-  float sum[F::sums] = {};
-#pragma unroll
-  for (int i = 0; i < Scores::size; ++i) {
-    float term[F::sums];
-    f.phi(z[i], v[i], p, term);
-#pragma unroll
-    for (int k = 0; k < F::sums; ++k) sum[k] += counts >> i & 1 ? term[k] : 0;
-  }
-  double total[F::sums], from[F::width];
-  for (int k = 0; k < F::sums; ++k) total[k] = sum[k];
-  joined.template sum<F::sums>(total);
-  if (threadIdx.x != 0) return;
-  F::state(pivot, total, from);
-  F::merge(state, from);
-}
+// ---- kernels ---------------------------------------------------------------------------------------------------------
 
 // Any statistics.
 __global__ void __launch_bounds__(most_threads, 2) statistics_kernel(const __grid_constant__ Pass p) {
-  const fl_tile& t = p.tile;
+  const fl_tile t = with_scale(p.tile);
   const int64_t row = blockIdx.x;
   const int split = blockIdx.y;
   const char* data = row_of(t.data, t.dtype, t.stride, row);
@@ -153,17 +93,17 @@ __global__ void __launch_bounds__(most_threads, 2) statistics_kernel(const __gri
       const fl_statistic& k = p.statistics[i];
       double* state = state_of(p, i, row, split);
       if (k.kind == FL_SCORE) {
-        push_scores(p, k, data, row, w.origin + w.low, w.origin + w.high, state);
+        push_scores(t, k, data, row, w.origin + w.low, w.origin + w.high, state);
         continue;
       }
-      const uint32_t counts = Scores::counting(k, row, t.first_column, w, z);
+      const uint32_t counts = Scores::counting<true>(k, row, t.first_column, w, z);
       if (k.kind == FL_EXTREME) {
         if (k.count > 0) push_extreme(k, z, counts, t.first_column + w.origin, joined, state);
         continue;
       }
       Scores::load_operand(k, row, w, v);
       with_statistic<float>(k, k.row ? k.row[row] : 0,
-                            [&](const auto& f) { push(f, k.factor, z, v, counts, joined, state); });
+                            [&](const auto& f) { push<Scores::size>(f, k.factor, z, v, counts, joined, state); });
     }
   }
 }
@@ -175,9 +115,9 @@ __global__ void __launch_bounds__(most_threads, 2) statistics_kernel(const __gri
 // What is kept may lie in the tile's own row, narrower, at lower addresses than the scores it is made of: every thread
 // has its part of the window in registers before it comes to the barrier in `largest`, and none stores before that
 // barrier. Stores of a window therefore fall on scores of this window and of those to its left only, all of them read.
-template <bool plain>
-__global__ void __launch_bounds__(most_threads, 3) softmax_kernel(const __grid_constant__ Pass p) {
-  const fl_tile& t = p.tile;
+template <bool plain, bool relations>
+__global__ void __launch_bounds__(most_threads, relations ? 2 : 3) softmax_kernel(const __grid_constant__ Pass p) {
+  const fl_tile t = with_scale(p.tile);
   const fl_statistic& k = p.statistics[p.softmax];
   const int64_t row = blockIdx.x;
   const int split = blockIdx.y;
@@ -195,14 +135,15 @@ __global__ void __launch_bounds__(most_threads, 3) softmax_kernel(const __grid_c
     for (int i = 0; i < p.count; ++i) {
       const fl_statistic& other = p.statistics[i];
       double* state = state_of(p, i, row, split);
-      if (other.kind == FL_SCORE) push_scores(p, other, data, row, w.origin + w.low, w.origin + w.high, state);
+      if (other.kind == FL_SCORE) push_scores(t, other, data, row, w.origin + w.low, w.origin + w.high, state);
       if (other.kind == FL_COUNT) {
         float v[Scores::size];
         Scores::load_operand(other, row, w, v);
-        push(Count<float>(other, 0), 1, z, v, Scores::counting(other, row, t.first_column, w, z), joined, state);
+        const uint32_t counts = Scores::counting<relations>(other, row, t.first_column, w, z);
+        push<Scores::size>(Count<float>(other, 0), 1, z, v, counts, joined, state);
       }
     }
-    const uint32_t counts = Scores::counting(k, row, t.first_column, w, z);
+    const uint32_t counts = Scores::counting<relations>(k, row, t.first_column, w, z);
     float most = -INFINITY;
 #pragma unroll
     for (int i = 0; i < Scores::size; ++i) {
@@ -239,28 +180,7 @@ __global__ void __launch_bounds__(most_threads, 3) softmax_kernel(const __grid_c
   if (threadIdx.x == 0) Exponential<1>::merge(state_of(p, p.softmax, row, split), from);
 }
 
-// A thread merges what a row's splits found, in the order of their columns.
-__global__ void __launch_bounds__(most_threads) merge_kernel(const __grid_constant__ Pass p) {
-  const int64_t row = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
-  if (row >= p.tile.rows) return;
-  const fl_statistic& k = p.statistics[blockIdx.y];
-  double* into = k.state + row * p.width[blockIdx.y];
-  for (int split = 0; split < p.splits; ++split) {
-    const double* from = state_of(p, (int)blockIdx.y, row, split);
-    if (k.kind == FL_SCORE)
-      for (int c = 0; c < k.count; ++c) into[c] += from[c];
-    else if (k.kind == FL_EXTREME)
-      for (int c = 0; c < k.count && from[k.count + c] >= 0; ++c)
-        insert_extreme(into, k.count, k.factor, from[c], from[k.count + c]);
-    else
-      with_statistic<float>(k, 0, [&](const auto& f) { f.merge(into, from); });
-  }
-}
-
 // ---- on the host ---------------------------------------------------------------------------------------------------
-
-// Blocks of threads that keep any device busy. A number of its own: the result's bits depend on it.
-constexpr int64_t enough_blocks = 512;
 
 // Whether blocks that share a row would store over scores that another has yet to read.
 bool keeps_in_tile(const fl_tile& t, const fl_statistic& k) {
@@ -274,11 +194,9 @@ int prepare(Pass& p, int& threads, Workspace& workspace) {
   const fl_tile& t = p.tile;
   int softmaxes = 0, others = 0;
   bool together = false;
-  p.step = p.total_width = 0;
+  p.step = 0;
   for (int32_t i = 0; i < p.count; ++i) {
     const fl_statistic& k = p.statistics[i];
-    p.offset[i] = p.total_width;
-    p.total_width += p.width[i] = width_of<float>(k);
     if (k.kind == FL_LOGSUMEXP && k.factor == 1) ++softmaxes, p.softmax = i;
     else if (k.kind != FL_SCORE && k.kind != FL_COUNT) ++others;
     if (k.keep) p.step = k.keep_block, together = keeps_in_tile(t, k);
@@ -301,13 +219,12 @@ int prepare(Pass& p, int& threads, Workspace& workspace) {
 constexpr int64_t room_for_kept = (int64_t)most_threads * Scores::size;
 constexpr Abilities able = {FL_CUDA_STATISTICS,
                             room_for_kept < FL_CUDA_KEPT_COLUMNS ? room_for_kept : FL_CUDA_KEPT_COLUMNS, INT64_MAX,
-                            FL_COUNT, FL_REST};
+                            FL_LOGSUMEXP_OF, every_relation};
 
 Pass pass_of(const fl_tile& tile, const fl_statistic* statistics, int32_t count) {
   Pass p{};
   p.tile = tile;
-  p.count = count;
-  for (int32_t i = 0; i < count; ++i) p.statistics[i] = statistics[i];
+  set_states(p, statistics, count, tile.rows);
   return p;
 }
 
@@ -338,11 +255,12 @@ int fl_cuda_statistics(const fl_tile* tile, const fl_statistic* statistics, int3
   int threads;
   if (int status = prepare(p, threads, workspace)) return status;
   if (int status = check_workspace(memory, bytes, workspace.used())) return status;
-  void (*kernel)(Pass) = p.softmax < 0 ? statistics_kernel : p.plain ? softmax_kernel<true> : softmax_kernel<false>;
+  void (*kernel)(Pass) = p.softmax < 0   ? statistics_kernel
+                         : has_relations(p.statistics, count)
+                             ? p.plain ? softmax_kernel<true, true> : softmax_kernel<false, true>
+                             : p.plain ? softmax_kernel<true, false> : softmax_kernel<false, false>;
   if (int status = launch("statistics", kernel, tile->rows, p.splits, threads, stream, p)) return status;
-  if (p.splits == 1) return 0;
-  return launch("merge of statistics", merge_kernel, divided_up(tile->rows, 64), count, 64 < most_threads ? 64 : most_threads,
-                stream, p);
+  return merge_splits(p, stream);
 }
 
 }  // extern "C"

@@ -103,12 +103,15 @@ def stream_of(spec: Spec, x, weight, bias, class_scale, class_shift, scale, keep
         None if v is None else v.detach().to(accumulation_dtype(multiply)).contiguous()
         for v in (bias, class_scale, class_shift)
     ]
+    if scale is not None:
+        in_memory = getattr(backend, "reads_scale", False)
+        scale = scale.detach().to(x.device, accumulation_dtype(multiply)) if in_memory else scale.item()
     return Stream(
         _operand(x) if weight is not None else x,
         None if weight is None else _operand(weight.to(multiply)),
         *vectors,
         spec.softcap,
-        spec.scale if scale is None else scale.detach() if getattr(backend, "reads_scale", False) else scale.item(),
+        spec.scale if scale is None else scale,
         kept,
         backend,
         spec.symmetric and kept is None,

@@ -12,7 +12,10 @@ import torch
 from fusedloss import _native
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = [ROOT / name for name in ("csrc/row_statistics.cu", "csrc/row_gradient.cu", "tests/cuda_host/host.cpp")]
+SOURCES = [
+    ROOT / name
+    for name in ("csrc/row_statistics.cu", "csrc/column_statistics.cu", "csrc/row_gradient.cu", "tests/cuda_host/host.cpp")
+]
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 
 
@@ -39,8 +42,8 @@ class HostCuda:
     def __init__(self, library):
         self.library = ctypes.CDLL(str(library))
         self.library.fl_error.restype = ctypes.c_char_p
-        for name in ("fl_cuda_statistics_workspace", "fl_cuda_gradient_workspace"):
-            getattr(self.library, name).restype = ctypes.c_int64
+        for name in ("statistics", "column_statistics", "gradient"):
+            getattr(self.library, f"fl_cuda_{name}_workspace").restype = ctypes.c_int64
 
     def __getattr__(self, name):
         return getattr(_native, name)
@@ -60,12 +63,20 @@ class HostCuda:
     def cuda_statistics(self, tile, stats, *memory):
         self.call("fl_cuda_statistics", bytes(tile), *_array(stats), *_memory(memory))
 
-    def cuda_gradient_workspace(self, tile, stats, sums):
-        return self.library.fl_cuda_gradient_workspace(bytes(tile), *_array(stats), sums and bytes(sums))
+    def cuda_column_statistics_workspace(self, tile, stats):
+        return self.library.fl_cuda_column_statistics_workspace(bytes(tile), *_array(stats))
 
-    def cuda_gradient(self, tile, out, out_stride, out_dtype, stats, sums, *memory):
+    def cuda_column_statistics(self, tile, stats, *memory):
+        self.call("fl_cuda_column_statistics", bytes(tile), *_array(stats), *_memory(memory))
+
+    def cuda_gradient_workspace(self, tile, stats, sums, across=()):
+        what = bytes(tile), *_array(stats), *_array(across), sums and bytes(sums)
+        return self.library.fl_cuda_gradient_workspace(*what)
+
+    def cuda_gradient(self, tile, out, out_stride, out_dtype, stats, sums, across, *memory):
         to = ctypes.c_void_p(out), ctypes.c_int64(out_stride), out_dtype
-        self.call("fl_cuda_gradient", bytes(tile), *to, *_array(stats), sums and bytes(sums), *_memory(memory))
+        what = *_array(stats), *_array(across), sums and bytes(sums)
+        self.call("fl_cuda_gradient", bytes(tile), *to, *what, *_memory(memory))
 
     def cuda_gradient_of_exponentials(self, tile, stats, sums, *memory):
         what = bytes(tile), *_array(stats), sums and bytes(sums)
@@ -77,9 +88,13 @@ class HostCuda:
         with Workspace(self.cuda_statistics_workspace(tile, stats)) as memory:
             self.cuda_statistics(tile, stats, *memory)
 
-    def gradient(self, tile, out, out_stride, out_dtype, statistics, sums=None):
-        with Workspace(self.cuda_gradient_workspace(tile, statistics, sums)) as memory:
-            self.cuda_gradient(tile, out, out_stride, out_dtype, statistics, sums, *memory)
+    def column_statistics(self, tile, stats):
+        with Workspace(self.cuda_column_statistics_workspace(tile, stats)) as memory:
+            self.cuda_column_statistics(tile, stats, *memory)
+
+    def gradient(self, tile, out, out_stride, out_dtype, statistics, sums=None, across=()):
+        with Workspace(self.cuda_gradient_workspace(tile, statistics, sums, across)) as memory:
+            self.cuda_gradient(tile, out, out_stride, out_dtype, statistics, sums, across, *memory)
 
     def gradient_of_exponentials(self, tile, stats, sums=None):
         with Workspace(self.cuda_gradient_workspace(tile, stats, sums)) as memory:

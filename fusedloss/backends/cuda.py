@@ -12,11 +12,12 @@ from .. import statistics as S
 from . import triton
 from .cublas import gemm  # noqa: F401
 from . import torch as plain
-from .native import DTYPES, _native, arguments, by_class, compiled, load_error, native_sums, native_tile
+from .native import DTYPES, _native, arguments, compiled, compiled_across, load_error, native_sums, native_tile
 from .tile import Across, Exponentials, Sums, Tile
 from .triton import limits, linear_statistics  # noqa: F401 (of this backend too: nothing of the product is compiled)
 
 name = "cuda"
+reads_scale = True  # a learnable scale is read by the device, without a wait
 
 
 def why_not() -> str | None:
@@ -59,7 +60,7 @@ def statistics(
     tile: Tile, stats: Sequence[S.Statistic], states: Sequence[Tensor], keep: Exponentials | None = None
 ) -> None:
     """Merge the tile into the states, in place; with `keep`, also fill it in for `gradient_of_exponentials`."""
-    if not (compiled(stats) and by_class(stats)):
+    if not compiled(stats):
         return plain.statistics(tile, stats, states, keep)
     given = arguments(stats, states, kept=keep)
     what = native_tile(tile), [a.native for a in given]
@@ -70,9 +71,26 @@ def statistics(
     )
 
 
+def _takes_across(stats: Sequence[S.Statistic]) -> bool:
+    """Whether there are kernels for these as statistics of columns. What picks single scores is left to PyTorch."""
+    return compiled_across(stats) and not any(isinstance(s, (S.Score, S.Extreme)) for s in stats)
+
+
 def column_statistics(tile: Tile, stats: Sequence[S.Statistic], states: Sequence[Tensor]) -> None:
     """Merge the tile into states of its columns; the statistics see it transposed."""
-    plain.column_statistics(tile, stats, states)
+    taken = [_takes_across([s]) for s in stats]
+    left = [pair for pair, mine in zip(zip(stats, states), taken) if not mine]
+    if left:
+        plain.column_statistics(tile, *zip(*left))
+    if not any(taken):
+        return
+    given = arguments(*zip(*(pair for pair, mine in zip(zip(stats, states), taken) if mine)))
+    what = native_tile(tile), [a.native for a in given]
+    _launch(
+        tile.data.device,
+        _native.cuda_column_statistics_workspace(*what),
+        lambda *memory: _native.cuda_column_statistics(*what, *memory),
+    )
 
 
 def gradient(
@@ -85,10 +103,11 @@ def gradient(
     across: Across | None = None,
 ) -> None:
     """out = ∂L/∂a of the tile, given ∂L/∂value of every statistic; `out` may share the tile's memory."""
-    if across is not None or not (compiled(stats) and by_class(stats)):
+    below = across or Across((), (), ())
+    if not (compiled(stats) and _takes_across(below.stats)):
         return plain.gradient(tile, out, stats, states, coefficients, sums, across)
-    given = arguments(stats, states, coefficients)
-    what = [a.native for a in given], native_sums(sums)
+    given, given_across = arguments(stats, states, coefficients), arguments(below.stats, below.states, below.coefficients)
+    what = [a.native for a in given], native_sums(sums), [a.native for a in given_across]
     native, to = native_tile(tile), (out.data_ptr(), out.stride(0), DTYPES[out.dtype])
     _launch(
         tile.data.device,

@@ -26,6 +26,8 @@ def address(tensor: Tensor | None) -> int:
 
 
 def native_tile(tile: Tile):
+    in_memory = isinstance(tile.scale, Tensor)  # for a device to read
+    assert not in_memory or tile.scale.dtype == torch.float32
     return _native.Tile(
         data=tile.data.data_ptr(),
         rows=tile.data.shape[0],
@@ -35,7 +37,8 @@ def native_tile(tile: Tile):
         first_column=tile.first,
         first_row=tile.first_row,
         softcap=tile.softcap,
-        scale=tile.scale,
+        scale=1.0 if in_memory else tile.scale,
+        scale_pointer=address(tile.scale if in_memory else None),
         bias=address(tile.bias),
         class_scale=address(tile.class_scale),
         class_shift=address(tile.class_shift),
@@ -51,13 +54,6 @@ def native_sums(sums: Sums):
 def compiled(stats: Sequence[S.Statistic]) -> bool:
     """Whether the extension has kernels for these as statistics of rows."""
     return all(type(s) in _FIELDS for s in stats)
-
-
-def by_class(stats: Sequence[S.Statistic]) -> bool:
-    """Whether all of these leave out a given column at most: kernels that know no other relation yet ask."""
-    wheres = [getattr(s, "where", None) for s in stats]
-    plain = all(w is None or [name for name, _, _ in w.tensors()] == ["without"] for w in wheres)
-    return plain and not any(isinstance(s, S.LogSumExpOf) for s in stats)
 
 
 def compiled_across(stats: Sequence[S.Statistic]) -> bool:
