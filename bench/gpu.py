@@ -24,7 +24,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 import gpu_contrastive
 import torch
 import torch.nn.functional as F
-from cases import chunked, compiled, eager, eager_fp32, floor, ours, shape_name, step
+from cases import chunked, compiled, eager, eager_fp32, floor, has_chunked, ours, shape_name, step
 from device_harness import Clock, failures, importable, measure, plot, report, versions
 from harness import OURS, Call, check_linear, commit, table
 from torch import Tensor
@@ -126,7 +126,8 @@ def linear_contenders(x, w, target, quick: bool) -> dict[str, Call]:
     ways = our_ways(x.device) | {"torch, eager": eager, "torch, eager, fp32 logits": eager_fp32}
     if not quick:
         ways["torch.compile of eager"] = compiled(eager)
-    ways["torch, chunked"] = chunked
+    if has_chunked():
+        ways["torch, chunked"] = chunked
     ways |= {name: way for name, (module, way) in PEERS.items() if x.device.type == "cuda" and importable(module)}
     return calls | {name: step(way, x, w, target) for name, way in ways.items()}
 

@@ -7,7 +7,8 @@ a string, because an op's arguments can hold no function.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -77,6 +78,20 @@ def _example(kind: tuple[str, tuple[int, ...]], rows: int | None, device: str) -
     return torch.ones(shape, dtype=getattr(torch, dtype), device=device)
 
 
+@contextmanager
+def _without_saved_tensor_hooks() -> Iterator[None]:
+    """Set aside the caller's (a checkpoint's, say): `torch.func` refuses to work among them."""
+    hooks, taken = torch._C._autograd, []
+    while (top := hooks._top_saved_tensors_default_hooks(False)) is not None:
+        taken.append(top)
+        hooks._pop_saved_tensors_default_hooks()
+    try:
+        yield
+    finally:
+        for pair in reversed(taken):
+            hooks._push_saved_tensors_default_hooks(*pair)
+
+
 @torch.compiler.assume_constant_result
 def program_key(
     name: str, names: tuple, options: tuple, rows: tuple, shared: tuple, columns: int, dtype: str, device: str
@@ -84,7 +99,7 @@ def program_key(
     """Trace the loss `name` for these options and kinds of arguments, once. None when it takes two stages."""
     key = repr((name, names, options, rows, shared, columns, dtype, device))
     if key not in PROGRAMS:
-        with torch.enable_grad():
+        with torch.enable_grad(), _without_saved_tensor_hooks():
             PROGRAMS[key] = _trace(
                 FUNCTIONS[name], names, options, rows, shared, columns, getattr(torch, dtype), device
             )

@@ -53,7 +53,9 @@ def device(request):
 def _poisoned(allocate):
     def filled(*args, **kwargs):
         tensor = allocate(*args, **kwargs)
-        return tensor.fill_(torch.nan) if tensor.is_floating_point() and kwargs.get("out") is None else tensor
+        if tensor.is_floating_point() and kwargs.get("out") is None:
+            tensor.detach().fill_(torch.nan)  # detached: a leaf that requires a gradient is not filled
+        return tensor
 
     return filled
 
