@@ -58,7 +58,7 @@ def check_features(
     expect(same or (isinstance(y, Tensor) and y.dim() == 2), name, "y", "a tensor (M, D)", y)
     expect(same or y.shape[1] == x.shape[1], name, "y", f"(M, {x.shape[1]}) to match x", y)
     columns = len(x if same else y)
-    if columns or not (same or empty):  # no rows and no columns: a batch of nothing, whose losses are 0
+    if columns or not (empty or len(x) == 0):  # no rows and no columns: a batch of nothing, whose losses are 0
         check_linear(name, x, x if same else y, None, prefix="y: ")
     expect(
         memory_budget is None or memory_budget > 0, name, "memory_budget", "a positive number of bytes", memory_budget
