@@ -5,6 +5,7 @@ a test of its own here.
 """
 
 import datetime
+import multiprocessing
 import traceback
 from functools import partial
 
@@ -325,7 +326,7 @@ def check_errors(name, exchange):
         lambda: make(own[:, : D - rank()], own[:, : D - rank()]),
         ValueError,
         "similarity_scores",
-        " D ",
+        " D: ",
         f"{D}, {D - 1}",
     )
     odd = own.double() if rank() == 1 else own
@@ -365,8 +366,8 @@ def check_memory(name, exchange):
 BOTH = ("gather", "ring")
 CHECKS = {  # by the number of ranks; the largest groups first
     4: (
-        *[("check_pairs", name) for name in PAIRS],
-        *[("check_self", name) for name in SELF],
+        *[("check_pairs", name) for name in ("clip", "two_stages", "everything")],
+        *[("check_self", name) for name in ("sup_con", "everything")],
         *[("check_model", "siglip"), ("check_rectangular", ""), ("check_memory", "clip")],
     ),
     3: [("check_memory", "clip")],
@@ -410,7 +411,8 @@ def worker(number, folder):
 def results(tmp_path_factory):
     """What each rank found, by case: (what went wrong, what was measured)."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, (str(folder),), nprocs=max(CHECKS))
+    multiprocessing.set_forkserver_preload([__name__])  # torch is imported once
+    mp.start_processes(worker, (str(folder),), nprocs=max(CHECKS), start_method="forkserver")
     return [torch.load(folder / str(number), weights_only=False) for number in range(max(CHECKS))]
 
 

@@ -54,16 +54,19 @@ class DistributedScores(Scores):
     def _diagonal(self) -> Tensor:
         return torch.arange(self.rows, device=self.input.device) + span(self.ranks.columns, self.ranks.rank).start
 
+    @torch.compiler.disable
     def of_columns(self, values: Tensor) -> Tensor:
         """(M, …) values of all columns, given those of this rank's. No gradient."""
         count = self.ranks.columns[self.ranks.rank]
         expect(len(values) == count, "Scores.of_columns", "values", f"({count}, …), of this rank's columns", values)
         return gathered(self.ranks.group, values, self.ranks.columns)
 
+    @torch.compiler.disable
     def total(self, values: Tensor) -> Tensor:
         """Sum of values of all ranks' rows, on every rank."""
         return Total.apply(self.ranks.group, values.sum())
 
+    @torch.compiler.disable
     def mean(self, values: Tensor) -> Tensor:
         """Mean of values of all ranks' rows or columns, on every rank; 0 for none."""
         count = torch.full((), values.numel(), dtype=values.dtype, device=values.device)
@@ -171,6 +174,7 @@ def _parts(side: Across) -> tuple[Sequence, Sequence, Sequence]:
     return side.stats, side.states, side.coefficients
 
 
+@torch.compiler.disable
 def similarity_scores(
     x: Tensor,
     y: Tensor | None = None,
