@@ -41,7 +41,7 @@ def similarity_scores(
     expect(isinstance(x, Tensor) and x.dim() == 2, name, "x", "a tensor (N, D)", x)
     expect(same or (isinstance(y, Tensor) and y.dim() == 2), name, "y", "a tensor (M, D)", y)
     expect(same or y.shape[1] == x.shape[1], name, "y", f"(M, {x.shape[1]}) to match x", y)
-    if len(x) or not same:  # no rows and no columns: a batch of nothing, whose losses are 0
+    if len(x) or not (same or len(y) == 0):  # no rows and no columns: a batch of nothing, whose losses are 0
         check_linear(name, x, x if same else y, None, prefix="y: ")
     expect(schedule in ("auto", "eager", "recompute"), name, "schedule", "auto, eager or recompute", schedule)
     expect(

@@ -37,6 +37,8 @@ def statistics_sweep(stream: Stream, stats: Sequence[Statistic], budget: int | N
     """States of all statistics for all rows."""
     device = stream.x.device
     states = [s.identity(stream.rows, device) for s in stats]
+    if stream.rows == 0:
+        return states
     for s, state in zip(stats, states):
         if isinstance(s, Score):
             for at, into in zip(s.columns_of(stream.rows).unbind(1), state.unbind(1)):

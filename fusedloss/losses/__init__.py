@@ -8,32 +8,42 @@ import torch
 
 from . import (
     auc_loss,
+    bixse_loss,
     bpr_loss,
     circle_loss,
+    clip_loss,
     comp_sum_loss,
     cosine_contrastive_loss,
     cross_entropy,
+    cwcl_loss,
     focal_loss,
     generalized_cross_entropy,
+    info_nce_loss,
     logit_adjusted_cross_entropy,
     margin_softmax_loss,
     mean_absolute_error_loss,
     multi_similarity_loss,
     normalized_cross_entropy,
+    nt_xent_loss,
     number_token_loss,
     one_vs_rest_loss,
+    orthogonal_projection_loss,
     pairwise_softmax_loss,
     poly_focal_loss,
     poly_loss,
     sigmoid_focal_loss,
+    sigmoid_loss,
+    soft_info_nce_loss,
     spherical_softmax_loss,
     spherical_z_loss,
     squared_error_loss,
     squentropy,
+    supcon_loss,
     taylor_softmax_loss,
     triplet_loss,
 )
 
+# Of scores and classes.
 LOSSES: tuple[ModuleType, ...] = (
     cross_entropy,
     focal_loss,
@@ -54,8 +64,18 @@ LOSSES: tuple[ModuleType, ...] = (
     taylor_softmax_loss,
 )
 
-# Of scores between embeddings: x with y, x with itself, x with class vectors, as each says in SCORES.
+# Of similarities of pairs. SCORES in each file says whose: "pair" (x with y, N ≤ M), "self" (x with itself), "classes"
+# (x with class weights).
 PAIR_LOSSES: tuple[ModuleType, ...] = (
+    sigmoid_loss,
+    bixse_loss,
+    info_nce_loss,
+    clip_loss,
+    nt_xent_loss,
+    supcon_loss,
+    soft_info_nce_loss,
+    cwcl_loss,
+    orthogonal_projection_loss,
     multi_similarity_loss,
     circle_loss,
     triplet_loss,
@@ -79,8 +99,19 @@ def function_of(module: ModuleType):
 
 def hyperparameters(case: dict, columns: int, dtype: torch.dtype = torch.float32, device: object = None) -> dict:
     """An entry of CASES for so many classes: tensors stand there as functions of their number."""
-    made = {name: value(columns) if callable(value) else value for name, value in case.items()}
-    for name, value in made.items():
+    return _made({name: value(columns) if callable(value) else value for name, value in case.items()}, dtype, device)
+
+
+def pair_arguments(
+    case: dict, rows: int, columns: int, dtype: torch.dtype = torch.float32, device: object = None
+) -> dict:
+    """An entry of CASES of a pair loss for so many rows and columns: tensors stand there as functions of the two."""
+    made = {name: value(rows, columns) if callable(value) else value for name, value in case.items()}
+    return _made(made, dtype, device)
+
+
+def _made(arguments: dict, dtype: torch.dtype, device: object) -> dict:
+    for name, value in arguments.items():
         if isinstance(value, torch.Tensor):
-            made[name] = value.to(device=device, dtype=dtype if value.is_floating_point() else None)
-    return made
+            arguments[name] = value.to(device=device, dtype=dtype if value.is_floating_point() else None)
+    return arguments
