@@ -68,7 +68,8 @@ class _Statistics(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _columns, _states, grad_across, *_):
         none = (None, None, None)
-        streams, (states, states_across, *rows) = ctx.saved_tensors[:STREAMS], ctx.saved_tensors[STREAMS:]
+        saved = ctx.saved_tensors
+        streams, (states, states_across, *rows) = saved[:STREAMS], saved[STREAMS:]
         both = _both_gradients(ctx.text, ctx.carried, grad, grad_across, states, states_across)
         if both is None:
             return *none, *([None] * (STREAMS + len(rows)))

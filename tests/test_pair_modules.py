@@ -2,6 +2,7 @@
 
 import inspect
 import io
+import math
 import pickle
 
 import pytest
@@ -48,24 +49,71 @@ def saved_and_loaded(module):
     return torch.load(file)
 
 
+# How the originals make their scores of embeddings; the others take cosines.
+SCORES = {
+    "sigmoid_loss": dict(scale=10.0, bias=-10.0, normalize=True),
+    "bixse_loss": dict(scale=10.0, bias=-10.0, normalize=True),
+    "clip_loss": dict(scale=1 / 0.07, normalize=True),
+    "cwcl_loss": dict(scale=1 / 0.07, normalize=True),
+    "info_nce_loss": dict(scale=1 / 0.07, normalize=True),
+    "supcon_loss": dict(scale=1 / 0.07, normalize=True),
+    "nt_xent_loss": dict(scale=10.0, normalize=True),
+    "pairwise_softmax_loss": dict(scale=0.5, normalize=True),
+    "soft_info_nce_loss": {},
+    "bpr_loss": {},
+}
+SQUARE = ("clip_loss", "cwcl_loss")
+
+
 @pytest.mark.parametrize("module, loss, case", CASES)
 def test_the_function_in_a_module(module, loss, case):
-    columns = ROWS if issubclass(module, LabelLoss) else COLUMNS
+    name, labelled = name_of(loss), issubclass(module, LabelLoss)
+    columns = ROWS if loss.SCORES == "self" or name in SQUARE else COLUMNS
     options, of_batch = apart(case, ROWS, columns)
-    made = pickle.loads(pickle.dumps(module(**options, schedule="recompute")))
+    ratio = {"temperature_base": 0.07 / options["temperature_ratio"]} if "temperature_ratio" in options else {}
+    given = {k: v for k, v in options.items() if k != "temperature_ratio"} | ratio
+    made = pickle.loads(pickle.dumps(module(**given, schedule="recompute")))
     made.load_state_dict(saved_and_loaded(made))
-    x, y = (torch.randn(n, WIDTH, requires_grad=True) for n in (ROWS, COLUMNS))
-    scale, cosines = (module.__signature__.parameters[n].default for n in ("score_scale", "normalize"))
-    given = (x, of_batch.pop("label")) if issubclass(module, LabelLoss) else (x, y)
-    got = made(*given, **of_batch)
-    scores = fl.similarity_scores(x, None if given[1] is not y else y, scale=scale, normalize=cosines)
-    truth = function_of(loss)(scores, *given[1:] if given[1] is not y else (), **options, **of_batch)
-    assert torch.equal(got, truth)
+    x, y = (torch.randn(n, WIDTH, requires_grad=True) for n in (ROWS, columns))
+    label = (of_batch.pop("label"),) if labelled else ()
+    got = made(x, *(label or () if loss.SCORES == "self" else (y,)), **of_batch)
+    scores = fl.similarity_scores(x, None if loss.SCORES == "self" else y, **SCORES.get(name, dict(normalize=True)))
+    truth = function_of(loss)(scores, *label, **options, **of_batch)
+    torch.testing.assert_close(got, truth)
     (ours,), (theirs,) = (torch.autograd.grad(v, [x]) for v in (got, truth))
     torch.testing.assert_close(ours, theirs)
-    assert repr(made).startswith(module.__name__ + "(") and "schedule='recompute'" in repr(made)
+    shown = repr(made)
+    assert shown.startswith(module.__name__ + "(") and "schedule='recompute'" in shown
     defaults = {n: p.default for n, p in module.__signature__.parameters.items()}
-    assert all(f"{name}=" in repr(made) for name, value in options.items() if value != defaults[name])
+    assert all(f"{n}=" in shown for n, value in given.items() if value != defaults[n])
+
+
+def test_what_is_learned():
+    """Scale and bias get gradients, are saved, and are kept within bounds on demand."""
+    x, y = torch.randn(6, WIDTH), torch.randn(6, WIDTH)
+    made = fl.nn.SigmoidLoss(log_scale=2.0, bias=-3.0)
+    assert [n for n, _ in made.named_parameters()] == ["log_scale", "bias"]
+    log_scale, bias = (torch.tensor(v, requires_grad=True) for v in (2.0, -3.0))
+    truth = fl.sigmoid_loss(fl.similarity_scores(x, y, scale=log_scale.exp(), bias=bias, normalize=True))
+    got = made(x, y)
+    assert torch.equal(got, truth)
+    for g, t in zip(torch.autograd.grad(got, made.parameters()), torch.autograd.grad(truth, (log_scale, bias))):
+        torch.testing.assert_close(g, t)
+    other = fl.nn.SigmoidLoss()
+    other.load_state_dict(saved_and_loaded(made))
+    assert torch.equal(other(x, y), truth)
+    made = fl.nn.ClipLoss(log_scale=9.0)
+    made.clamp_()
+    assert made.log_scale.item() == pytest.approx(math.log(100)) and list(made.state_dict()) == ["log_scale"]
+    made.clamp_(high=1.0)
+    assert made.log_scale == 1 and made.log_scale.requires_grad
+
+
+def test_two_views():
+    x, y = torch.randn(5, WIDTH), torch.randn(5, WIDTH)
+    made = fl.nn.NTXentLoss(temperature=0.5)
+    truth = fl.nt_xent_loss(fl.similarity_scores(torch.cat([x, y]), scale=2.0, normalize=True))
+    assert torch.equal(made(x, y), truth) and torch.equal(made(torch.cat([x, y])), truth)
 
 
 def test_the_scores_are_the_users_choice():

@@ -16,11 +16,11 @@ def distance(s: Tensor, squared: bool) -> Tensor:
 
 
 def _parts(z: Tensor, label: Tensor, own: Tensor, column_label: Tensor, squared: bool):
-    """Distances, positives, negatives, and the negatives' distances in rising order."""
+    """Distances, positives, negatives; the negatives' distances in rising order and their columns, without gradient."""
     seen = z != -torch.inf
     positive, negative = (mask & seen for mask in masks(label, own, column_label))
     d = distance(torch.where(seen, z, 1.0), squared)
-    return d, positive, negative, torch.where(negative, d, torch.inf).sort(1).values
+    return d, positive, negative, *torch.where(negative, d, torch.inf).detach().sort(1)
 
 
 def all_triplets(column_label: Tensor, margin: float, squared: bool):
@@ -31,7 +31,7 @@ def all_triplets(column_label: Tensor, margin: float, squared: bool):
     """
 
     def function(z, label, own):
-        d, positive, negative, near = _parts(z, label, own, column_label, squared)
+        d, positive, negative, near, _ = _parts(z, label, own, column_label, squared)
         with torch.no_grad():
             bound = d + margin
             far = torch.where(positive, bound, -torch.inf).sort(1).values
@@ -47,11 +47,11 @@ def semihard_triplets(column_label: Tensor, margin: float, squared: bool):
     """For `over_chunks`: Σ over (row, positive) of [D_p + m − D_n]₊, n the next negative beyond p; and their number."""
 
     def function(z, label, own):
-        d, positive, negative, near = _parts(z, label, own, column_label, squared)
+        d, positive, negative, near, column = _parts(z, label, own, column_label, squared)
         last = negative.sum(1, keepdim=True) - 1  # the farthest one stands in where none is beyond
-        rank = torch.searchsorted(near, d, right=True).minimum(last).clamp(min=0)
+        rank = torch.searchsorted(near, d.detach(), right=True).minimum(last).clamp(min=0)
         positive = positive & (last >= 0)
-        gap = torch.where(positive, d - near.gather(1, rank) + margin, 0.0)
+        gap = torch.where(positive, d - d.gather(1, column.gather(1, rank)) + margin, 0.0)
         return torch.relu(gap).sum(dtype=torch.float64), positive.sum()
 
     return function

@@ -31,11 +31,20 @@ from .loss import Loss
 from .pair import (
     AUCLoss,
     BPRLoss,
+    BiXSELoss,
+    CWCLLoss,
     CircleLoss,
+    ClipLoss,
     CosineContrastiveLoss,
+    InfoNCELoss,
     MarginSoftmaxLoss,
     MultiSimilarityLoss,
+    NTXentLoss,
+    OrthogonalProjectionLoss,
     PairwiseSoftmaxLoss,
+    SigmoidLoss,
+    SoftInfoNCELoss,
+    SupConLoss,
     TripletLoss,
 )
 

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ..losses.auc_loss import auc_loss
+from ..losses.bixse_loss import bixse_loss
 from ..losses.bpr_loss import bpr_loss
 from ..losses.circle_loss import circle_loss
+from ..losses.clip_loss import clip_loss
 from ..losses.cosine_contrastive_loss import cosine_contrastive_loss
+from ..losses.cwcl_loss import cwcl_loss
+from ..losses.info_nce_loss import info_nce_loss
 from ..losses.margin_softmax_loss import margin_softmax_loss
 from ..losses.multi_similarity_loss import multi_similarity_loss
+from ..losses.nt_xent_loss import nt_xent_loss
+from ..losses.orthogonal_projection_loss import orthogonal_projection_loss
 from ..losses.pairwise_softmax_loss import pairwise_softmax_loss
+from ..losses.sigmoid_loss import sigmoid_loss
+from ..losses.soft_info_nce_loss import soft_info_nce_loss
+from ..losses.supcon_loss import supcon_loss
 from ..losses.triplet_loss import triplet_loss
 from ..scores import Scores
 from ..similarity import similarity_scores
@@ -40,7 +50,7 @@ class PairLoss(Loss):
         of: Callable[..., Tensor] | None = None,
         without: tuple[str, ...] = (),
         normalize: bool = True,
-        **scale: float,
+        **scale: float | None,
     ):
         super().__init_subclass__()
         if of is None:
@@ -75,6 +85,69 @@ class LabelLoss(PairLoss):
 
     def forward(self, x: Tensor, label: Tensor, y: Tensor | None = None, **of_batch: object) -> Tensor:
         return self.function(self.scores(x, y), label, **self.options(), **of_batch)
+
+
+class LearnedScale(PairLoss):
+    """Base of the modules that learn the scale of their scores, as its logarithm ``log_scale``, and some a ``bias``."""
+
+    def __init__(self, **options: object):
+        super().__init__(**options)
+        for name in ("log_scale", "bias"):
+            if name in self.own:
+                setattr(self, name, torch.nn.Parameter(torch.tensor(float(getattr(self, name)))))
+
+    def scores(self, x: Tensor, y: Tensor | None = None, **made: object) -> Scores:
+        bias = {"bias": self.bias} if "bias" in self.own else {}
+        return super().scores(x, y, **{"scale": self.log_scale.exp(), **bias, **made})
+
+    @torch.no_grad()
+    def clamp_(self, low: float = 0.0, high: float = math.log(100)) -> None:
+        """Bring log_scale back between these, as open_clip does after every step of the optimiser."""
+        self.log_scale.clamp_(low, high)
+
+
+class SigmoidLoss(LearnedScale, of=sigmoid_loss, log_scale=math.log(10), bias=-10.0):
+    pass
+
+
+class BiXSELoss(LearnedScale, of=bixse_loss, log_scale=math.log(10), bias=-10.0):
+    pass
+
+
+class ClipLoss(LearnedScale, of=clip_loss, log_scale=math.log(1 / 0.07)):
+    pass
+
+
+class CWCLLoss(LearnedScale, of=cwcl_loss, log_scale=math.log(1 / 0.07)):
+    pass
+
+
+class InfoNCELoss(PairLoss, of=info_nce_loss, temperature=0.07):
+    pass
+
+
+class SoftInfoNCELoss(PairLoss, of=soft_info_nce_loss, normalize=False):
+    pass
+
+
+class NTXentLoss(PairLoss, of=nt_xent_loss, temperature=0.1):
+    """`fusedloss.nt_xent_loss` of two views x, y of each sample: forward(x, y); or of all views in x: forward(x)."""
+
+    def forward(self, x: Tensor, y: Tensor | None = None, **of_batch: object) -> Tensor:
+        views = x if y is None else torch.cat([x, y])
+        return self.function(self.scores(views), **self.options(), **of_batch)
+
+
+class SupConLoss(LabelLoss, of=supcon_loss, without=("temperature_ratio",), temperature=0.07, temperature_base=None):
+    """`fusedloss.supcon_loss` as a module: forward(x, label); times temperature / temperature_base (None: 1)."""
+
+    def options(self) -> dict[str, object]:
+        base = self.temperature if self.temperature_base is None else self.temperature_base
+        return {**super().options(), "temperature_ratio": self.temperature / base}
+
+
+class OrthogonalProjectionLoss(LabelLoss, of=orthogonal_projection_loss):
+    pass
 
 
 class AUCLoss(PairLoss, of=auc_loss):
