@@ -248,7 +248,7 @@ def test_second_derivatives(module, case):
 
 
 @pytest.mark.unpoisoned
-@pytest.mark.parametrize("name", ["sigmoid_loss", "clip_loss", "supcon_loss", "nt_xent_loss"])
+@pytest.mark.parametrize("name", ["sigmoid_loss", "clip_loss", "supcon_loss", "soft_info_nce_loss"])
 def test_compiled(name):
     torch._dynamo.reset()
     module = next(m for m in PAIR_LOSSES if name_of(m) == name)
