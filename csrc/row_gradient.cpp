@@ -9,7 +9,7 @@ namespace {
 
 // s.gradient (+)= psi where the score counts
 template <bool first, class F>
-void add_derivative(const F& f, const Derivative& d, const float* z, const float* v, int n, Scratch& s) {
+void add_derivative(const F f, const Derivative d, const float* z, const float* v, int n, Scratch& s) {
   for (int j = 0; j < n; j += lanes) {
     s.prefetch(j);
     f32 x = load(z + j), g = select(left_out(x), 0.0f, f.psi(x, load(v + j), d));
@@ -20,14 +20,13 @@ void add_derivative(const F& f, const Derivative& d, const float* z, const float
 // The same for a statistic of columns, whose row parameter and derivative differ from lane to lane. A column whose
 // coefficients are all 0 adds 0, whatever its scores are.
 template <bool first, class F>
-void add_across(const F& of_row, const Across& a, int64_t column, int columns, const float* z, float v, Scratch& s) {
-  F f = of_row;
-  const float* row = a.statistic->row;
+void add_across(F f, const Across& a, int64_t column, int columns, const float* z, float v, Scratch& s) {
+  const float *row = a.statistic->row, *weight = a.weight + column, *center = a.center + column,
+              *offset = a.offset + column, *level = a.level + column;
   each_vector(columns, [&](int j, int n) __attribute__((always_inline)) {
     s.prefetch(j);
     if (row) set_row(f, load(row + column + j, n), 0);
-    auto at = [&](const float* vector) __attribute__((always_inline)) { return load(vector + column + j); };
-    const Derivatives d{at(a.weight), at(a.center), at(a.offset), at(a.level)};
+    const Derivatives d{load(weight + j), load(center + j), load(offset + j), load(level + j)};
     f32 x = load(z + j);
     i32 silent = d.weight == 0.0f;
     if (F::has_offset) silent &= d.offset == 0.0f;

@@ -2,8 +2,9 @@
 // a score). Written over the value type V: a vector of floats on the host, one float on a device.
 //
 // A statistic may take a pivot, a number of the block (its maximum, its mean, the largest of the statistic's own
-// exponents) to which its terms are relative; the walk that includes this finds it first. Sums run in V over a block of columns and become doubles after it. Scores
-// of -inf, and a row's `rest` column, are left out by the walk: no struct here knows of them.
+// exponents) to which its terms are relative; the walk that includes this finds it first. Sums run in V over a block of
+// columns and become doubles after it. Scores of -inf, and those that a relation hides, are left out by the walk: no
+// struct here knows of them.
 #pragma once
 #include "fusedloss.h"
 

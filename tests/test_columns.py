@@ -126,7 +126,8 @@ def make_tile(n, m, dtype=torch.float32, *, first=0, first_row=0, transformed=Fa
     stored[:, m:] = math.nan
     ways = {}
     if transformed:
-        ways = {"class_shift": torch.full((m,), -0.5), "scale": 1.5, "class_scale": torch.randint(2, 7, (m,), generator=r) / 4}
+        ways = {"class_shift": torch.full((m,), -0.5), "scale": 1.5}
+        ways["class_scale"] = torch.randint(2, 7, (m,), generator=r) / 4
     return Tile(stored.to(dtype)[:, :m], first, first_row=first_row, **ways)
 
 
