@@ -30,8 +30,8 @@ MOST_PICKED = 8  # columns of a Score that are looked for in each such block
 PROGRAMS = 1024  # enough to fill a GPU: below it, columns are split over programs too
 GROUPS = 256  # groups of rows that sums over rows are first taken of: a row of fp32 scratch for each
 ACROSS_ROWS = 16  # rows of a block whose columns have numbers too: those are loaded once for all of these
-# Columns and rows of a transposed block. One warp has 128 columns, four to a thread: its sums need no other thread. A list
-# of extremes is for whole columns: there are more programs if they are narrower.
+# Columns and rows of a transposed block. One warp has 128 columns, four to a thread: its sums need no other thread. A
+# list of extremes is for whole columns: there are more programs if they are narrower.
 TRANSPOSED, TRANSPOSED_LIST = (128, 8), (32, 64)
 PREPARED_ROWS = 128  # rows to a program of the kernels that look at states alone
 
