@@ -193,8 +193,8 @@ def slopes(z, arguments, numbers, rows, row, there, column, inside, begin, first
 
 
 @triton.jit
-def gradient(data, stride, out, out_stride, rows, columns, first, first_row, vectors, softcap, scale, arguments, numbers,
-             across, numbers_across, sums, group_rows, part_columns, SPECS: tl.constexpr, ACROSS: tl.constexpr,
+def gradient(data, stride, out, out_stride, rows, columns, first, first_row, vectors, softcap, scale, arguments,
+             numbers, across, numbers_across, sums, group_rows, part_columns, SPECS: tl.constexpr, ACROSS: tl.constexpr,
              HOW: tl.constexpr, SUMS: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """out = ∂L/∂a for one group of rows in one part of the columns. `numbers` is what `derivatives` made.
 
@@ -222,8 +222,9 @@ def gradient(data, stride, out, out_stride, rows, columns, first, first_row, vec
             g = slopes(z, arguments, numbers, wide(rows), row, there, column, inside, begin, first, columns,
                        SPECS, BLOCK)  # fmt: skip
             if len(ACROSS) > 0:
-                below = slopes(tl.trans(z), across, numbers_across, wide(columns), column.to(tl.int64), inside,
-                               row.to(tl.int32), there, group * group_rows + top, first_row, rows, ACROSS, R)  # fmt: skip
+                mine, theirs = row.to(tl.int32), column.to(tl.int64)
+                below = slopes(tl.trans(z), across, numbers_across, wide(columns), theirs, inside, mine, there,
+                               group * group_rows + top, first_row, rows, ACROSS, R)  # fmt: skip
                 g += tl.trans(below)
             g, gathering = gathered(gathering, g, along, cap, vectors, column, inside, HOW, SUMS)
             at = out + row[:, None] * out_stride + column[None, :]

@@ -1,5 +1,5 @@
 """What similarities need of the Triton kernels, in Triton's interpreter: relations by label and threshold, functions
-under the logarithm, statistics of columns, and the gradient of rows and columns at once. Against the torch backend in fp64.
+under the logarithm, statistics of columns, and the gradient of rows and columns at once. Against the torch backend.
 
 As in test_triton_interpreter.py, the ordinary run starts this file again with TRITON_INTERPRET=1.
 """

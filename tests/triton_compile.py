@@ -155,7 +155,6 @@ def similarity_launches(hip: bool):
     limits = dict(above=torch.empty(rows), below=torch.empty(rows))
     entropy = [LogSumExp(where=Rest(ids)), Score(ids)]
     lists = {
-        "entropy": entropy,
         "labels": [LogSumExp(where=Other(ids, classes)), Count(where=Same(ids, classes))],
         "pairs": [LogSumExpOf("circle", where=Same(ids, classes, without=ids, **limits)), SumOf("softplus")],
         "mined": [TopK(1, where=Other(ids, classes))],
@@ -190,7 +189,7 @@ def similarity_launches(hip: bool):
         beside = lists.get(name, entropy)
         given = tile, half, beside, states(beside, rows), coefficients(beside, rows)
         below = Across(stats, of_columns, coefficients(stats, columns))
-        for asked in (sums(Sums()), both):
+        for asked in (sums(Sums()), both) if name in ("entropy", "labels") else (both,):
             yield from ((title, x) for x in triton_launch.gradient_launches(*given, asked, below))
         if name == "entropy":
             alone = tile, half, [], [], [], both, below
@@ -201,7 +200,7 @@ def similarity_launches(hip: bool):
         launched = triton_launch.linear_launches(x, y, tile, *given, hip=hip)
         yield from ((f"{name} with options", launch) for launch in launched)
     for name in ("entropy", "labels"):
-        for stats in (lists[name], []):
+        for stats in (lists.get(name, entropy), []):
             given = stats, states(stats, rows), None, across[name], states(across[name], columns)
             launched = triton_launch.linear_launches(x, y, tile, *given, hip=hip)
             yield from ((f"{name} of columns", launch) for launch in launched)

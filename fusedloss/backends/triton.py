@@ -146,7 +146,7 @@ def linear_statistics(
 ) -> None:
     """`statistics` of the scores x (n, D) @ weight (m, D)ᵀ, which are never in memory; `tile.data` is not read.
 
-    With `keep` (of LINEAR_KEPT_COLUMNS columns to a shift), exponentials are all that is written. `below` are the states
-    of statistics `across`, those of columns.
+    With `keep` (of LINEAR_KEPT_COLUMNS columns to a shift), exponentials are all that is written. `below` are the
+    states of statistics `across`, those of columns.
     """
     _launcher().linear_statistics(x, weight, tile, stats, states, keep, across, below)

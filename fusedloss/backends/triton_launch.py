@@ -24,13 +24,14 @@ SUMS_BLOCK = 2048  # the same where sums over rows are kept in registers too
 SMALLEST = 64  # columns of a block, at least
 MOST_KEPT = 16384  # columns to a row of `Exponentials.shift`, at most
 LINEAR_ROWS, LINEAR_COLUMNS = 128, 2 * LINEAR_KEPT_COLUMNS  # scores in the accumulators of one program
-LIGHT = (S.LogSumExp, S.Score, S.Sum, S.Count)  # statistics whose arithmetic leaves registers for that many
+# Statistics whose arithmetic leaves registers for that many; of rows and columns at once, if no labels are compared.
+LIGHT = (S.LogSumExp, S.Score, S.Sum, S.Count)
 MOST_PICKED = 8  # columns of a Score that are looked for in each such block
 PROGRAMS = 1024  # enough to fill a GPU: below it, columns are split over programs too
 GROUPS = 256  # groups of rows that sums over rows are first taken of: a row of fp32 scratch for each
 ACROSS_ROWS = 16  # rows of a block whose columns have numbers too: those are loaded once for all of these
-# Columns and rows of a transposed block. One warp has 128 columns, four to a thread: its sums need no other thread. A list
-# of extremes is for whole columns: there are more programs if they are narrower.
+# Columns and rows of a transposed block. One warp has 128 columns, four to a thread: its sums need no other thread. A
+# list of extremes is for whole columns: there are more programs if they are narrower.
 TRANSPOSED, TRANSPOSED_LIST = (128, 8), (32, 64)
 PREPARED_ROWS = 128  # rows to a program of the kernels that look at states alone
 
@@ -186,6 +187,13 @@ def fuses(stats: Sequence[S.Statistic]) -> bool:
     return all(not isinstance(s, S.Extreme) and not (isinstance(s, S.Score) and s.width > MOST_PICKED) for s in stats)
 
 
+def _light(stats, across) -> bool:
+    both = [*stats, *across]
+    beside = [s.where for s in both if getattr(s, "where", None) is not None] if across else []
+    many = any(where.row_label is not None or where.above is not None or where.below is not None for where in beside)
+    return len(both) <= 4 and all(isinstance(s, LIGHT) for s in both) and not many
+
+
 def linear_statistics(x: Tensor, weight: Tensor, tile: Tile, stats, states, keep, across, below) -> None:
     run(linear_launches(x, weight, tile, stats, states, keep, across, below), x.device)
 
@@ -196,7 +204,7 @@ def linear_launches(
     (rows, depth), columns = x.shape, weight.shape[0]
     if not fuses([*stats, *across]):
         raise ValueError("fusedloss: triton: these statistics cannot be taken out of a product; ask `fuses` first")
-    light = not across and len(stats) <= 4 and all(isinstance(s, LIGHT) for s in stats)
+    light = _light(stats, across)
     if keep is not None and (keep.block != LINEAR_KEPT_COLUMNS or not light):
         raise ValueError(
             f"fusedloss: triton: exponentials of a product are kept with a shift for every {LINEAR_KEPT_COLUMNS} "
