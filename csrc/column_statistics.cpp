@@ -10,7 +10,7 @@ namespace fl {
 namespace FL_ISA {
 namespace {
 
-constexpr int strip_columns = 64, strip_rows = 112;   // 28 KiB
+constexpr int strip_columns = 128, strip_rows = 56;   // 28 KiB
 static_assert(strip_columns % lanes == 0 && strip_rows % 4 == 0, "whole vectors, summed by fours");
 
 struct alignas(64) Strip {
@@ -23,14 +23,33 @@ struct alignas(64) Strip {
   int64_t next_stride;
   int next_size;
 
-  FL_INLINE void prefetch(int r, int j) const { __builtin_prefetch(next + r * next_stride + j * next_size); }
+  // While the vector at row r and column j is worked on, in the order in which the next block lies in memory.
+  FL_INLINE void prefetch(int r, int j) const {
+    constexpr int vectors = strip_columns / lanes;
+    const int place = j / lanes * rows + r;
+    __builtin_prefetch(next + place / vectors * next_stride + place % vectors * lanes * next_size);
+  }
 };
+
+// What a statistic of the strip's columns has summed up, over all blocks of rows so far.
+struct alignas(64) Running {
+  float pivot[strip_columns];
+  double sum[2][strip_columns];
+
+  void clear() {
+    for (float& p : pivot) p = -INFINITY;
+    for (auto& sums : sum)
+      for (double& x : sums) x = 0;
+  }
+};
+constexpr int together = 8;                 // statistics that share a block of rows
 
 void load_strip(const fl_tile& t, bool plain, Strip& s) {
   for (int r = 0; r < s.rows; ++r) {
     float* z = s.z + r * strip_columns;
-    widen_block(t.dtype, row_of(t.data, t.dtype, t.stride, s.row + r), s.column, s.columns, z, -INFINITY);
-    if (!plain) transform_block<false>(t, s.column, s.columns, z);
+    const void* row = row_of(t.data, t.dtype, t.stride, s.row + r);
+    if (plain) widen_block(t.dtype, row, s.column, s.columns, z, -INFINITY);
+    else transform_block<false>(t, row, s.column, s.columns, z);
   }
   s.next_size = (int)size_of(t.dtype);
   s.next_stride = t.stride * s.next_size;
@@ -52,15 +71,12 @@ const float* seen_of(const fl_statistic& k, int64_t first_row, Strip& s) {
   return s.seen;
 }
 
-// most[] of what of(x) gives of the scores x that count, for one vector of columns.
+// The largest of(x) of the scores x of one vector of columns; of(-inf) is -inf.
 template <class Of>
 FL_INLINE f32 largest_of(const float* z, int rows, Of of) {
   f32 most[4];
   for (f32& m : most) m = splat<f32>(-INFINITY);
-  auto take = [&](int r, f32& m) __attribute__((always_inline)) {
-    f32 x = load(z + r * strip_columns);
-    m = larger(select(left_out(x), x, of(x)), m);
-  };
+  auto take = [&](int r, f32& m) __attribute__((always_inline)) { m = larger(of(load(z + r * strip_columns)), m); };
   int r = 0;
   for (; r + 4 <= rows; r += 4)
     for (int u = 0; u < 4; ++u) take(r + u, most[u]);
@@ -68,27 +84,68 @@ FL_INLINE f32 largest_of(const float* z, int rows, Of of) {
   return larger(larger(most[0], most[1]), larger(most[2], most[3]));
 }
 
-// One vector of columns, `n` of them within the tile, and their states.
 template <class F>
-void push(const F& f, const float* z, const float* v, int j, int n, const Strip& s, double* state) {
-  z += j;
-  f32 pivot{};
-  if (F::pivot == Pivot::maximum || F::pivot == Pivot::exponent) {
-    if constexpr (F::pivot == Pivot::maximum) pivot = largest_of(z, s.rows, [&](f32 x) { return f.factor * x; });
-    if constexpr (F::pivot == Pivot::exponent)
-      pivot = largest_of(z, s.rows, [&](f32 x) { f32 slope; return f.exponent(x, slope); });
-    float so_far[lanes];
-    for (int i = 0; i < lanes; ++i) so_far[i] = i < n ? (float)state[i * F::width] : -INFINITY;
-    pivot = pivot >= load(so_far) ? pivot : load(so_far);      // then the states merge without rescaling
-  }
-  if (F::pivot == Pivot::mean) {
+FL_INLINE f32 pivot_of(const F& f, const float* z, int rows) {
+  if constexpr (F::pivot == Pivot::exponent)
+    return largest_of(z, rows, [&](f32 x) { f32 slope; return select(left_out(x), x, f.exponent(x, slope)); });
+  if constexpr (F::pivot == Pivot::mean) {
     f32 sum{}, count{};
-    for (int r = 0; r < s.rows; ++r) {
+    for (int r = 0; r < rows; ++r) {
       f32 x = load(z + r * strip_columns);
       sum += select(left_out(x), 0.0f, x);
       count += select(left_out(x), 0.0f, splat<f32>(1));
     }
-    pivot = select(count > 0.0f, sum / count, 0.0f);
+    return select(count > 0.0f, sum / count, 0.0f);
+  }
+  if constexpr (F::pivot == Pivot::maximum) {
+    if (f.factor[0] > 0) {
+      f32 most = largest_of(z, rows, [](f32 x) { return x; });
+      return select(left_out(most), most, f.factor * most);
+    } else {
+      return largest_of(z, rows, [&](f32 x) { return select(left_out(x), x, f.factor * x); });
+    }
+  }
+  return f32{};
+}
+
+// The means differ from block to block: states are merged at once.
+template <class F>
+void merge_lanes(const f32& pivot, const f32* sum, int n, double* state) {
+  for (int i = 0; i < n; ++i) {
+    double sums[F::sums], from[F::width];
+    for (int k = 0; k < F::sums; ++k) sums[k] = sum[k][i];
+    F::state(pivot[i], sums, from);
+    F::merge(state + i * F::width, from);
+  }
+}
+
+// Sums relative to the largest pivot so far.
+template <class F>
+void add_lanes(const f32& pivot, const f32* sum, int j, Running& to) {
+  if (F::pivot != Pivot::none) {
+    const f32 before = load(to.pivot + j);
+    const i32 rises = pivot > before;
+    if (any(rises))
+      for (int i = 0; i < lanes; ++i)
+        if (rises[i] && before[i] != -INFINITY)             // else there is nothing, or NaN, to rescale
+          for (int k = 0; k < F::sums; ++k) to.sum[k][j + i] *= ::exp((double)before[i] - pivot[i]);
+    store(to.pivot + j, pivot);
+  }
+  for (int k = 0; k < F::sums; ++k) {
+    float part[lanes];
+    store(part, sum[k]);
+    for (int i = 0; i < lanes; ++i) to.sum[k][j + i] += part[i];
+  }
+}
+
+// One vector of columns, `n` of them within the tile.
+template <class F>
+void push(const F& f, const float* z, const float* v, int j, int n, const Strip& s, Running& to, double* state) {
+  z += j;
+  f32 pivot = pivot_of(f, z, s.rows);
+  if (F::pivot == Pivot::maximum || F::pivot == Pivot::exponent) {
+    const f32 before = load(to.pivot + j);
+    pivot = pivot >= before ? pivot : before;
   }
   const f32 p = select(pivot == -INFINITY, 0.0f, pivot);       // none counts so far, or all are NaN
   f32 sum[4][F::sums] = {};
@@ -106,15 +163,9 @@ void push(const F& f, const float* z, const float* v, int j, int n, const Strip&
     add(r + 3, sum[3]);
   }
   for (; r < s.rows; ++r) add(r, sum[0]);
-  float total[F::sums][lanes], pivots[lanes];
-  for (int k = 0; k < F::sums; ++k) store(total[k], (sum[0][k] + sum[1][k]) + (sum[2][k] + sum[3][k]));
-  store(pivots, pivot);
-  for (int i = 0; i < n; ++i) {
-    double sums[F::sums], from[F::width];
-    for (int k = 0; k < F::sums; ++k) sums[k] = total[k][i];
-    F::state(pivots[i], sums, from);
-    F::merge(state + i * F::width, from);
-  }
+  for (int k = 0; k < F::sums; ++k) sum[0][k] = (sum[0][k] + sum[1][k]) + (sum[2][k] + sum[3][k]);
+  if constexpr (F::pivot == Pivot::mean) merge_lanes<F>(pivot, sum[0], n, state);
+  else add_lanes<F>(pivot, sum[0], j, to);
 }
 
 // As of rows: vectors are compared with the lists' last scores, and only a hit is looked into.
@@ -151,7 +202,7 @@ void push_scores(const fl_statistic& k, int64_t first_row, const Strip& s) {
     }
 }
 
-void push_strip(const fl_tile& t, const fl_statistic& k, Strip& s) {
+void push_strip(const fl_tile& t, const fl_statistic& k, Strip& s, Running& to) {
   if (k.kind == FL_SCORE) return push_scores(k, t.first_row, s);
   const float* z = seen_of(k, t.first_row, s);
   for (float& v : s.operand) v = 1;
@@ -162,24 +213,46 @@ void push_strip(const fl_tile& t, const fl_statistic& k, Strip& s) {
     if (k.kind == FL_EXTREME) return push_extreme(k, z, j, n, t.first_row + s.row, s, state);
     with_statistic<f32>(k, 0, [&](auto f) {
       if (k.row) set_row(f, load(k.row + s.column + j, n), 0);
-      push(f, z, s.operand, j, n, s, state);
+      push(f, z, s.operand, j, n, s, to, state);
     });
   });
+}
+
+void finish_strip(const fl_statistic& k, const Strip& s, const Running& all) {
+  if (k.kind == FL_SCORE || k.kind == FL_EXTREME) return;
+  with_statistic<f32>(k, 0, [&](const auto& f) {
+    if constexpr (f.pivot != Pivot::mean)
+      for (int j = 0; j < s.columns; ++j) {
+        double sums[f.sums], from[f.width];
+        for (int i = 0; i < f.sums; ++i) sums[i] = all.sum[i][j];
+        f.state(all.pivot[j], sums, from);
+        f.merge(k.state + (s.column + j) * f.width, from);
+      }
+  });
+}
+
+void push_columns(const fl_tile& t, const fl_statistic* all, int32_t count, int64_t first_column, int64_t end_column) {
+  Strip s;
+  Running running[together];
+  const bool plain = is_plain(t);
+  for (s.column = first_column; s.column < end_column; s.column += strip_columns) {
+    s.columns = (int)(end_column - s.column < strip_columns ? end_column - s.column : strip_columns);
+    for (int32_t i = 0; i < count; ++i) running[i].clear();
+    for (s.row = 0; s.row < t.rows; s.row += strip_rows) {
+      s.rows = (int)(t.rows - s.row < strip_rows ? t.rows - s.row : strip_rows);
+      load_strip(t, plain, s);
+      for (int32_t i = 0; i < count; ++i) push_strip(t, all[i], s, running[i]);
+    }
+    for (int32_t i = 0; i < count; ++i) finish_strip(all[i], s, running[i]);
+  }
 }
 
 }  // namespace
 
 void column_statistics(const fl_tile& t, const fl_statistic* all, int32_t count, int64_t first_column,
                        int64_t end_column) {
-  Strip s;
-  const bool plain = is_plain(t);
-  for (s.column = first_column; s.column < end_column; s.column += strip_columns)
-    for (s.row = 0; s.row < t.rows; s.row += strip_rows) {
-      s.columns = (int)(end_column - s.column < strip_columns ? end_column - s.column : strip_columns);
-      s.rows = (int)(t.rows - s.row < strip_rows ? t.rows - s.row : strip_rows);
-      load_strip(t, plain, s);
-      for (int32_t i = 0; i < count; ++i) push_strip(t, all[i], s);
-    }
+  for (int32_t i = 0; i < count; i += together)
+    push_columns(t, all + i, count - i < together ? count - i : together, first_column, end_column);
 }
 
 }  // namespace FL_ISA

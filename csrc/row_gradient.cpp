@@ -29,7 +29,9 @@ void add_across(const F& of_row, const Across& a, int64_t column, int columns, c
     auto at = [&](const float* vector) __attribute__((always_inline)) { return load(vector + column + j); };
     const Derivatives d{at(a.weight), at(a.center), at(a.offset), at(a.level)};
     f32 x = load(z + j);
-    i32 silent = left_out(x) | ((d.weight == 0.0f) & (d.offset == 0.0f));
+    i32 silent = d.weight == 0.0f;
+    if (F::has_offset) silent &= d.offset == 0.0f;
+    silent |= left_out(x);
     f32 g = select(silent, 0.0f, f.psi(x, splat<f32>(v), d));
     store(s.gradient + j, first ? g : load(s.gradient + j) + g);
   });

@@ -28,6 +28,7 @@ struct Derivative { float weight, center, offset, level; };
 template <int n>
 struct Added {                                  // state: the sums
   static constexpr int width = n, sums = n, coefficients = 1;
+  static constexpr bool has_offset = false;
   static constexpr Pivot pivot = Pivot::none;
   FL_FUNCTION static void state(double, const double* sum, double* state) {
     for (int k = 0; k < n; ++k) state[k] = sum[k];
@@ -40,6 +41,7 @@ struct Added {                                  // state: the sums
 template <int n>
 struct Exponential {                            // state: m, sums with the common factor e^-m
   static constexpr int width = n + 1, sums = n, coefficients = 1;
+  static constexpr bool has_offset = false;
   static constexpr Pivot pivot = Pivot::maximum;
   FL_FUNCTION static void state(double pivot, const double* sum, double* state) {
     state[0] = pivot;
@@ -110,6 +112,7 @@ struct SumOfSquares : Added<1> {
 template <class V>
 struct Moments {
   static constexpr int width = 3, sums = 3, coefficients = 2;
+  static constexpr bool has_offset = true;
   static constexpr Pivot pivot = Pivot::mean;
   FL_FUNCTION Moments(const fl_statistic&, float) {}
   FL_FUNCTION void phi(V z, V, V pivot, V* term) const {
@@ -143,6 +146,7 @@ struct Moments {
 // sum_j p_j v_j with p = softmax(factor z): derivative factor p_j (v_j - E) + p_j dv_j/dz_j.
 template <class V, class Value>
 struct Expectation : Exponential<2> {
+  static constexpr bool has_offset = true;
   V factor, row;
   FL_FUNCTION Expectation(const fl_statistic& s, float r) : factor(splat<V>(s.factor)), row(splat<V>(r)) {}
   FL_FUNCTION void phi(V z, V v, V pivot, V* term) const {

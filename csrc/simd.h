@@ -150,10 +150,22 @@ FL_INLINE void store(T* p, f32 x, int n) {
 
 // Where the integers are the given one; of the first `n` only, the other lanes are not.
 FL_INLINE i32 equal(const int64_t* p, int n, int64_t to) {
-  i64 x;
   if (n >= lanes) {
+#if defined(__AVX512F__)
+    const __m512i all = _mm512_set1_epi64(to);
+    const __mmask8 low = _mm512_cmpeq_epi64_mask(_mm512_loadu_si512(p), all);
+    const __mmask8 high = _mm512_cmpeq_epi64_mask(_mm512_loadu_si512(p + 8), all);
+    return (i32)_mm512_movm_epi32(_mm512_kunpackb(high, low));
+#elif defined(__AVX2__)
+    const __m256i all = _mm256_set1_epi64x(to), *x = reinterpret_cast<const __m256i*>(p);
+    const __m256 low = (__m256)_mm256_cmpeq_epi64(_mm256_loadu_si256(x), all);
+    const __m256 high = (__m256)_mm256_cmpeq_epi64(_mm256_loadu_si256(x + 1), all);
+    return (i32)_mm256_permute4x64_epi64((__m256i)_mm256_shuffle_ps(low, high, 0x88), 0xd8);
+#else
+    i64 x;
     __builtin_memcpy(&x, p, sizeof x);
     return __builtin_convertvector(x == to, i32);
+#endif
   }
   i32 same{};
   for (int i = 0; i < n; ++i) same[i] = p[i] == to ? -1 : 0;

@@ -70,17 +70,18 @@ inline bool is_plain(const fl_tile& t) {
   return !t.bias && !t.class_scale && !t.class_shift && t.softcap == 0 && t.scale == 1;
 }
 
-// Turns the stored values in `scores` into scores.
-template <bool with_slope>
-inline void transform_block(const fl_tile& t, int64_t first, int columns, float* scores, Scratch* s = nullptr) {
+// What the stored values of a row mean. `s`: where slope and cap go, if they are wanted.
+template <bool with_slope, bool similar, class T>
+inline void transform_block(const fl_tile& t, const void* row, int64_t first, int columns, float* scores, Scratch* s) {
+  const T* from = static_cast<const T*>(row) + first;
   const float inverse_softcap = 1 / t.softcap;
   each_vector(columns, [&](int j, int n) {
-    f32 a = load(scores + j), slope = splat<f32>(t.scale);
+    f32 a = load(from + j, n), slope = splat<f32>(t.scale);
     const i32 absent = left_out(a);
-    if (t.bias) a += load(t.bias + first + j, n);
-    if (t.class_scale) slope *= load(t.class_scale + first + j, n);
+    if (!similar && t.bias) a += load(t.bias + first + j, n);
+    if (!similar && t.class_scale) slope *= load(t.class_scale + first + j, n);
     f32 z = a, scale = slope;
-    if (t.softcap != 0) {
+    if (!similar && t.softcap != 0) {
       f32 flatness;
       z = tanh(a * inverse_softcap, flatness) * t.softcap;
       slope *= flatness;
@@ -98,6 +99,15 @@ inline void transform_block(const fl_tile& t, int64_t first, int columns, float*
   for (int j = columns; j < padded(columns); ++j) scores[j] = -INFINITY;
 }
 
+template <bool with_slope>
+inline void transform_block(const fl_tile& t, const void* row, int64_t first, int columns, float* to, Scratch* s = nullptr) {
+  const bool similar = !t.bias && !t.class_scale && t.softcap == 0;     // as similarities are
+  if (t.dtype == FL_F32 && similar) return transform_block<with_slope, true, float>(t, row, first, columns, to, s);
+  if (t.dtype == FL_F32) transform_block<with_slope, false, float>(t, row, first, columns, to, s);
+  if (t.dtype == FL_BF16) transform_block<with_slope, false, bf16>(t, row, first, columns, to, s);
+  if (t.dtype == FL_F16) transform_block<with_slope, false, f16>(t, row, first, columns, to, s);
+}
+
 // The block's scores: in s.z, or where they lie in the tile.
 template <bool with_slope>
 inline const float* load_scores(const fl_tile& t, bool plain, int64_t row, int64_t first, int columns, Scratch& s) {
@@ -105,8 +115,8 @@ inline const float* load_scores(const fl_tile& t, bool plain, int64_t row, int64
   s.next_size = (int)size_of(t.dtype);
   s.next = static_cast<const char*>(data) + (first + columns) * s.next_size;
   if (plain && t.dtype == FL_F32 && columns % lanes == 0) return static_cast<const float*>(data) + first;
-  widen_block(t.dtype, data, first, columns, s.z, -INFINITY);
-  if (!plain) transform_block<with_slope>(t, first, columns, s.z, &s);
+  if (plain) widen_block(t.dtype, data, first, columns, s.z, -INFINITY);
+  else transform_block<with_slope>(t, data, first, columns, s.z, &s);
   return s.z;
 }
 

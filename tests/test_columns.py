@@ -210,12 +210,13 @@ def test_every_statistic_and_relation(isa, case, where, dtype):
 
 
 @pytest.mark.parametrize("transformed", [False, True])
-@pytest.mark.parametrize("n, m", [(1, 1), (1, 65), (65, 1), (7, 63), (64, 64), (65, 65), (225, 17), (3, 2049), (113, 130)])
+@pytest.mark.parametrize("n, m", [(1, 1), (1, 65), (65, 1), (7, 63), (64, 64), (65, 65), (225, 17), (3, 2049), (113, 70)])
 def test_sizes(isa, n, m, transformed):
     """All statistics in one pass, with changing relations."""
     tile = make_tile(n, m, transformed=transformed)
     made = list(enumerate(zip(CASES, itertools.cycle(WHERES))))
-    check(tile, [make(*names, n, m, i) for i, names in made], [make(*names, m, n, 50 + i) for i, names in made])
+    below = [(i, names) for i, names in made if names[0] != "sum_matrix"]  # one such, and none would be compiled
+    check(tile, [make(*names, n, m, i) for i, names in made], [make(*names, m, n, 50 + i) for i, names in below])
 
 
 def test_no_rows_and_no_columns(isa):
