@@ -106,8 +106,9 @@ def gradient(
     below = across or Across((), (), ())
     if not (compiled(stats) and _takes_across(below.stats)):
         return plain.gradient(tile, out, stats, states, coefficients, sums, across)
-    given, given_across = arguments(stats, states, coefficients), arguments(below.stats, below.states, below.coefficients)
-    what = [a.native for a in given], native_sums(sums), [a.native for a in given_across]
+    given = arguments(stats, states, coefficients)
+    lower = arguments(below.stats, below.states, below.coefficients)
+    what = [a.native for a in given], native_sums(sums), [a.native for a in lower]
     native, to = native_tile(tile), (out.data_ptr(), out.stride(0), DTYPES[out.dtype])
     _launch(
         tile.data.device,
