@@ -78,19 +78,19 @@ def _takes_across(stats: Sequence[S.Statistic]) -> bool:
 
 def column_statistics(tile: Tile, stats: Sequence[S.Statistic], states: Sequence[Tensor]) -> None:
     """Merge the tile into states of its columns; the statistics see it transposed."""
-    taken = [_takes_across([s]) for s in stats]
-    left = [pair for pair, mine in zip(zip(stats, states), taken) if not mine]
+    pairs = list(zip(stats, states))
+    left = [pair for pair in pairs if not _takes_across(pair[:1])]
+    mine = [pair for pair in pairs if _takes_across(pair[:1])]
     if left:
         plain.column_statistics(tile, *zip(*left))
-    if not any(taken):
-        return
-    given = arguments(*zip(*(pair for pair, mine in zip(zip(stats, states), taken) if mine)))
-    what = native_tile(tile), [a.native for a in given]
-    _launch(
-        tile.data.device,
-        _native.cuda_column_statistics_workspace(*what),
-        lambda *memory: _native.cuda_column_statistics(*what, *memory),
-    )
+    if mine:
+        given = arguments(*zip(*mine))
+        what = native_tile(tile), [a.native for a in given]
+        _launch(
+            tile.data.device,
+            _native.cuda_column_statistics_workspace(*what),
+            lambda *memory: _native.cuda_column_statistics(*what, *memory),
+        )
 
 
 def gradient(
