@@ -8,6 +8,8 @@
 
 namespace fl {
 
+constexpr int32_t every_where = FL_REST | FL_SAME | FL_OTHER | FL_ABOVE | FL_BELOW;
+
 // What a set of kernels can take.
 struct Abilities {
   int32_t statistics;          // in one pass
@@ -15,6 +17,7 @@ struct Abilities {
   int64_t shifts;              // most shifts to a row
   int32_t last_kind;           // fl_kind
   int32_t where;               // fl_where that it knows, or-ed
+  bool scale_in_memory;        // reads fl_tile.scale_pointer
 };
 
 inline thread_local char error_text[256];
@@ -103,6 +106,7 @@ inline int check_statistic(int32_t i, const fl_statistic& k, const fl_tile& t, b
 inline int check(const fl_tile* tile, const fl_statistic* statistics, int32_t count, bool differentiated,
                  const Abilities& able) {
   if (int status = check_tile(tile)) return status;
+  if (tile->scale_pointer && !able.scale_in_memory) return fail("tile scale_pointer is for devices");
   if (count < 0 || count > able.statistics) return fail("%d statistics, expected 0 to %d", count, able.statistics);
   if (count > 0 && !statistics) return fail("statistics is null");
   for (int32_t i = 0; i < count; ++i)

@@ -1,5 +1,5 @@
-// fl_cuda_column_statistics: a thread walks down a column, its neighbours down the columns beside it, so that a warp reads
-// whole lines of the tile. Sixteen scores at a time are in registers while every statistic looks at them; nothing is
+// fl_cuda_column_statistics: a thread walks down a column, its neighbours down the columns beside it, so that a warp
+// reads whole lines of the tile. Sixteen scores at a time are in registers while every statistic looks at them; nothing is
 // exchanged between threads. Where a tile has few columns, several blocks of threads share them: each takes a range of
 // rows and leaves its states in the workspace, and a second kernel merges them in the order of the rows.
 #include "device_states.h"
@@ -9,7 +9,7 @@ namespace FL_ISA {
 namespace {
 
 constexpr int batch = 16;       // rows: that many floats are summed before a double
-constexpr int64_t fewest_rows = 64;   // to a block of threads: fewer, and the states are too large a part of what is read
+constexpr int64_t fewest_rows = 64;   // to a block of threads: with fewer, states are much of what is moved
 
 struct Pass : States {
   fl_tile tile;

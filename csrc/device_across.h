@@ -1,6 +1,6 @@
-// What statistics of columns add to a gradient. A block of threads that takes some columns of several rows has for each
-// column what psi needs of it: worked out beforehand, one array for each of its numbers, read along the columns as the tile
-// is, and found in the cache from the second row on.
+// What statistics of columns add to a gradient. What psi needs of a column is worked out beforehand, into one array for
+// each of its numbers: a block of threads reads these along the columns as it reads the tile, and for its second row
+// finds them in the cache.
 #pragma once
 #include <type_traits>
 

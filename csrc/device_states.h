@@ -62,8 +62,8 @@ struct Alone {
   FL_DEVICE bool leads() const { return true; }
 };
 
-// All threads come by the pivot; the one that leads merges into the state. Between its writes and the others' reads in the
-// next window lies the barrier of the pivot's reduction, between those reads and its next writes that of the sums'.
+// All threads come by the pivot; the one that leads merges into the state. Between its writes and the others' reads in
+// the next window lies the barrier of the pivot's reduction, between those reads and its next writes that of the sums'.
 template <int size, class F, class Joined>
 FL_DEVICE void push(const F& f, double factor, const float* z, const float* v, uint32_t counts, Joined& joined,
                     double* state) {

@@ -132,13 +132,11 @@ FL_DEVICE float score_of(const fl_tile& t, int64_t j, float a, float& slope, flo
   return z;
 }
 
-constexpr int32_t every_relation = FL_REST | FL_SAME | FL_OTHER | FL_ABOVE | FL_BELOW;
-
 FL_FUNCTION bool picks(const fl_statistic& k) { return k.kind == FL_SCORE || k.kind == FL_EXTREME; }
 
 // Statistics of columns, of the kinds that are sums.
 inline int check_columns(const fl_tile* tile, const fl_statistic* statistics, int32_t count, bool differentiated) {
-  constexpr Abilities able = {FL_CUDA_STATISTICS, 0, 0, FL_LOGSUMEXP_OF, every_relation};
+  constexpr Abilities able = {FL_CUDA_STATISTICS, 0, 0, FL_LOGSUMEXP_OF, every_where, true};
   if (int status = fl::check_across(tile, statistics, count, differentiated, able)) return status;
   for (int32_t i = 0; i < count; ++i)
     if (picks(statistics[i])) return fail("statistic %d: kind %d of columns has no CUDA kernel", i, statistics[i].kind);
@@ -151,8 +149,8 @@ inline bool has_relations(const fl_statistic* statistics, int32_t count) {
   return false;
 }
 
-// Of a thread's scores z, those left of the ones in `bits` when labels and thresholds have spoken. Score i is in row(i) and
-// column(i) of what the statistic takes for the tile.
+// Which of a thread's scores z, of those in `bits`, labels and thresholds leave. Score i is in row(i) and column(i) of
+// what the statistic takes for the tile.
 template <int size, class Row, class Column>
 FL_DEVICE uint32_t related(const fl_statistic& k, const float* z, uint32_t bits, Row row, Column column) {
   if (k.where & (FL_SAME | FL_OTHER)) {

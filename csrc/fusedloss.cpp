@@ -22,8 +22,7 @@ using fl::check;
 using fl::fail;
 using fl::is_dtype;
 
-constexpr int32_t every_where = FL_REST | FL_SAME | FL_OTHER | FL_ABOVE | FL_BELOW;
-constexpr fl::Abilities able = {fl::most_statistics, FL_KEPT_COLUMNS, 1, FL_LOGSUMEXP_OF, every_where};
+constexpr fl::Abilities able = {fl::most_statistics, FL_KEPT_COLUMNS, 1, FL_LOGSUMEXP_OF, fl::every_where, false};
 
 // ---- instruction sets ----------------------------------------------------------------------------------------------
 

@@ -134,11 +134,10 @@ int fl_gradient_of_exponentials(const fl_tile* tile, const fl_statistic* statist
 
 // The primitives on a CUDA device: all pointers but `tile`, `statistics` and `sums` themselves are the device's, `stream`
 // is a cudaStream_t of the current device. They launch and return: nothing is allocated, nothing waits, a stream in
-// capture records them. A pass takes at most FL_CUDA_STATISTICS statistics of rows and as many of columns, but no FL_SCORE and
-// FL_EXTREME of columns. What they need beside their arguments the
-// caller allocates: `workspace`, 16-byte aligned, of at least as many bytes as the function beside each one says, free
-// for use again in stream order. No atomics: the same bits each time. fl_cuda_compiled is 0 where the library was built
-// without nvcc; then the calls fail.
+// capture records them. A pass takes at most FL_CUDA_STATISTICS statistics of rows and as many of columns, but no
+// FL_SCORE and FL_EXTREME of columns. What they need beside their arguments the caller allocates: `workspace`, 16-byte
+// aligned, of at least as many bytes as the function beside each one says, free for use again in stream order. No atomics:
+// the same bits each time. fl_cuda_compiled is 0 where the library was built without nvcc; then the calls fail.
 #define FL_CUDA_STATISTICS 8
 int fl_cuda_compiled(void);
 int64_t fl_cuda_statistics_workspace(const fl_tile* tile, const fl_statistic* statistics, int32_t count);

@@ -176,8 +176,8 @@ __global__ void __launch_bounds__(most_threads, with_sums || more ? 2 : 3) gradi
         if (of_exponentials) slopes_of_exponentials(p, row, w, z, g);
         else slopes<more>(p, row, active, w, z, g);
         for (int i = 0; more && i < p.columns; ++i)
-          add_across(p.statistics[p.count + i], p.across.of(i), p.across.pitch, row, t.first_row, w.origin + at, w.low - at,
-                     w.high - at, z, g);
+          add_across(p.statistics[p.count + i], p.across.of(i), p.across.pitch, row, t.first_row, w.origin + at,
+                     w.low - at, w.high - at, z, g);
         for (int i = 0; i < p.count; ++i)
           if ((active >> i & 1) && picks(p.statistics[i]))
             add_picked(p.statistics[i], row, t.first_column, w, z, g);
@@ -254,7 +254,7 @@ __global__ void __launch_bounds__(most_threads) join_kernel(const __grid_constan
 
 // ---- on the host ---------------------------------------------------------------------------------------------------
 
-constexpr Abilities able = {FL_CUDA_STATISTICS, FL_CUDA_KEPT_COLUMNS, INT64_MAX, FL_LOGSUMEXP_OF, every_relation};
+constexpr Abilities able = {FL_CUDA_STATISTICS, FL_CUDA_KEPT_COLUMNS, INT64_MAX, FL_LOGSUMEXP_OF, every_where, true};
 
 int check_both(const fl_tile* tile, const fl_statistic* statistics, int32_t count, const fl_statistic* across,
                int32_t across_count) {
@@ -303,15 +303,16 @@ int run(Pass p, int threads, void* stream) {
   const int few = most_threads < 64 ? most_threads : 64;
   if (int status = launch("derivatives", derivative_kernel, divided_up(t.rows, few), shifts, few, stream, p)) return status;
   if (p.columns)
-    if (int status = launch("derivatives of columns", derivative_across_kernel, divided_up(t.columns, few), 1, few, stream, p))
+    if (int status = launch("derivatives of columns", derivative_across_kernel, divided_up(t.columns, few), 1, few,
+                            stream, p))
       return status;
   if (any(p.sums)) {
     Pass with = p;
     with.rows_each = rows_with_sums;
     with.in_rows = 0;
     if (p.in_rows) with.out = nullptr;  // a second look at the scores, for a tile that is to be narrowed in place
-    if (int status = launch("gradient with sums", gradient_kernel<true, of_exponentials, more>, p.groups, p.windows, threads,
-                            stream, with))
+    if (int status = launch("gradient with sums", gradient_kernel<true, of_exponentials, more>, p.groups, p.windows,
+                            threads, stream, with))
       return status;
     if (int status = launch("sums", join_kernel, divided_up(t.columns, most_threads) + 1, 1, most_threads, stream, p))
       return status;

@@ -219,7 +219,7 @@ int prepare(Pass& p, int& threads, Workspace& workspace) {
 constexpr int64_t room_for_kept = (int64_t)most_threads * Scores::size;
 constexpr Abilities able = {FL_CUDA_STATISTICS,
                             room_for_kept < FL_CUDA_KEPT_COLUMNS ? room_for_kept : FL_CUDA_KEPT_COLUMNS, INT64_MAX,
-                            FL_LOGSUMEXP_OF, every_relation};
+                            FL_LOGSUMEXP_OF, every_where, true};
 
 Pass pass_of(const fl_tile& tile, const fl_statistic* statistics, int32_t count) {
   Pass p{};

@@ -378,9 +378,13 @@ RELATIONS = {
     "other": lambda rows, columns, first: Other(labels(rows), labels(columns)),
     "above": lambda rows, columns, first: Where(above=torch.randn(rows)),
     "everything": lambda rows, columns, first: Other(
-        labels(rows), labels(columns), without=torch.arange(rows) + first, above=torch.randn(rows) - 2, below=torch.randn(rows) + 2
+        labels(rows),
+        labels(columns),
+        without=torch.arange(rows) + first,
+        above=torch.randn(rows) - 2,
+        below=torch.randn(rows) + 2,
     ),
-}  # fmt: skip
+}
 
 
 def some_tile(rows, columns, dtype=torch.float32, **options):
@@ -449,15 +453,18 @@ def test_gradient_through_rows_and_columns(backend, monkeypatch, name, where):
     for rows, columns in SHAPES:
         options = {"bias": 1, "softcap": 9.0} if columns == 300 else {}
         tile, exact = some_tile(rows, columns, **options)
-        stats, across = [some_statistic(name, where, rows, columns, 7)], [some_statistic(name, where, columns, rows, 11)]
+        stats = [some_statistic(name, where, rows, columns, 7)]
+        across = [some_statistic(name, where, columns, rows, 11)]
         check_gradient(backend, tile, exact, stats, across)
 
 
 def check_gradient(backend, tile, exact, stats, across):
-    """Against plain PyTorch in float64, with rows and columns whose coefficients are 0, in place and with sums; its bits."""
+    """Against plain PyTorch in float64, where some coefficients are 0, in place and with sums; its bits."""
     rows, columns = tile.data.shape
     states, below = finished(exact, stats, across)
-    coefficients, down = ([torch.randn(len(s), k.outputs) for s, k in zip(*each)] for each in ((states, stats), (below, across)))
+    coefficients = [torch.randn(len(state), s.outputs) for s, state in zip(stats, states)]
+    down = [torch.randn(len(state), s.outputs) for s, state in zip(across, below)]
+    through = Across(across, below, down) if across else None
     for s, state, c in zip((*stats, *across), (*states, *below), (*coefficients, *down)):
         c[::4] = 0
         c[s.value(state).isnan()] = 0  # the mean of nothing
@@ -469,7 +476,7 @@ def check_gradient(backend, tile, exact, stats, across):
         sums = Sums(**vectors, scale=torch.zeros((), dtype=torch.float64))
         out = torch.full((rows, columns), math.nan, dtype=wide)
         arguments = stats, states, coefficients
-        which.gradient(given, out, *arguments, sums, Across(across, below, down) if across else None)
+        which.gradient(given, out, *arguments, sums, through)
         found.append((out, sums))
     (got, sums), (truth, true_sums) = found
     size = truth.abs().nan_to_num(0, 0, 0)
@@ -483,11 +490,10 @@ def check_gradient(backend, tile, exact, stats, across):
         mine, theirs = getattr(sums, field).double(), getattr(true_sums, field)
         assert ((mine - theirs).abs() <= most).all(), field
     narrow = torch.bfloat16 if tile.data.dtype == torch.float32 else tile.data.dtype
-    plain = Sums()
     apart, inside = torch.empty(rows, columns, dtype=narrow), tile.data.clone()
     for out, data in ((apart, tile.data), (inside.view(narrow)[:, :columns], inside)):
         given = dataclasses.replace(tile, data=data)
-        backend.gradient(given, out, stats, states, coefficients, plain, Across(across, below, down) if across else None)
+        backend.gradient(given, out, stats, states, coefficients, Sums(), through)
     assert torch.equal(apart, inside.view(narrow)[:, :columns])
     return got, apart, sums.bias, sums.scale
 
@@ -530,7 +536,7 @@ def test_silent_rows_and_columns_add_zero_whatever_their_scores(backend):
     across = [S.LogSumExp(where=below_it), S.Moments(where=below_it), S.Expectation(where=below_it)]
     tile = Tile(data, scale=0.5, softcap=30.0)
     states, below = finished(tile, stats, across)
-    coefficients, down = ([torch.ones(len(s), k.outputs) for s, k in zip(*each)] for each in ((states, stats), (below, across)))
+    coefficients, down = [torch.ones(70, 1) for _ in stats], [torch.ones(40, s.outputs) for s in across]
     for c, silent in (*((c, 2) for c in coefficients), *((c, 3) for c in down)):
         c[silent] = 0
     down[1][:, 0] = 0  # the count's
@@ -557,7 +563,8 @@ def test_labels_beside_kept_exponentials(backend):
         which.statistics(tile, stats, states, kept)
         before = kept.data.clone()
         which.gradient_of_exponentials(tile, kept, stats, states, coefficients, Sums())
-        results.append((before.float(), kept.shift, kept.data.float(), *(s.value(state) for s, state in zip(stats, states))))
+        values = [s.value(state) for s, state in zip(stats, states)]
+        results.append((before.float(), kept.shift, kept.data.float(), *values))
     for got, expected in zip(*results):
         torch.testing.assert_close(got, expected, rtol=2e-2 if got.dtype == torch.float32 else 1e-5, atol=1e-6)
 
@@ -596,7 +603,8 @@ def values_battery(backend, pairs):
     torch.manual_seed(1)
     tile, exact = some_tile(130, 2 * WINDOW[64] + 100)
     rows, columns = tile.data.shape
-    stats, across = [some_statistic(*pair, rows, columns, 7) for pair in pairs], [some_statistic(*pairs[0], columns, rows, 11)]
+    stats = [some_statistic(*pair, rows, columns, 7) for pair in pairs]
+    across = [some_statistic(*pairs[0], columns, rows, 11)]
     expected = finished(exact, stats, across)
     found = [s.identity(rows, tile.data.device) for s in stats], [s.identity(columns, tile.data.device) for s in across]
     backend.statistics(tile, stats, found[0])
@@ -613,13 +621,21 @@ def gradient_battery(backend):
     return check_gradient(backend, tile, exact, [some_statistic("logsumexp", "same", 40, 2500, 7)], across)
 
 
+def softmax_battery(backend):
+    return values_battery(backend, [("logsumexp", "same")])
+
+
+def exponents_battery(backend):
+    return values_battery(backend, [("log_tanh", "other"), ("logsumexp_falling", "above")])
+
+
 # What has a barrier in it; a block of threads that walks down columns exchanges nothing.
 NEWER = {
-    "softmax": ("reduction", lambda backend: values_battery(backend, [("logsumexp", "same")])),
-    "exponents": ("reduction", lambda backend: values_battery(backend, [("log_tanh", "other"), ("logsumexp_falling", "above")])),
+    "softmax": ("reduction", softmax_battery),
+    "exponents": ("reduction", exponents_battery),
     "sums": ("reduction", gradient_battery),
     "in_place": ("loaded", gradient_battery),
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -713,7 +729,7 @@ def test_a_learnable_scale_is_not_waited_for(live, monkeypatch):
 @small
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_similarities(live, monkeypatch, symmetric):
-    """Statistics of rows and of columns in blocks of one sweep, and of half a symmetric matrix; nothing left to PyTorch."""
+    """Statistics of rows and of columns in one sweep, and of half a symmetric matrix; nothing is left to PyTorch."""
     rows, columns = 37, 37 if symmetric else 53
     x, y, own, theirs = torch.randn(rows, 8), torch.randn(columns, 8), labels(rows), labels(columns)
     theirs = own if symmetric else theirs

@@ -78,19 +78,19 @@ def _takes_across(stats: Sequence[S.Statistic]) -> bool:
 
 def column_statistics(tile: Tile, stats: Sequence[S.Statistic], states: Sequence[Tensor]) -> None:
     """Merge the tile into states of its columns; the statistics see it transposed."""
-    taken = [_takes_across([s]) for s in stats]
-    left = [pair for pair, mine in zip(zip(stats, states), taken) if not mine]
+    pairs = list(zip(stats, states))
+    left = [pair for pair in pairs if not _takes_across(pair[:1])]
+    mine = [pair for pair in pairs if _takes_across(pair[:1])]
     if left:
         plain.column_statistics(tile, *zip(*left))
-    if not any(taken):
-        return
-    given = arguments(*zip(*(pair for pair, mine in zip(zip(stats, states), taken) if mine)))
-    what = native_tile(tile), [a.native for a in given]
-    _launch(
-        tile.data.device,
-        _native.cuda_column_statistics_workspace(*what),
-        lambda *memory: _native.cuda_column_statistics(*what, *memory),
-    )
+    if mine:
+        given = arguments(*zip(*mine))
+        what = native_tile(tile), [a.native for a in given]
+        _launch(
+            tile.data.device,
+            _native.cuda_column_statistics_workspace(*what),
+            lambda *memory: _native.cuda_column_statistics(*what, *memory),
+        )
 
 
 def gradient(
@@ -106,8 +106,9 @@ def gradient(
     below = across or Across((), (), ())
     if not (compiled(stats) and _takes_across(below.stats)):
         return plain.gradient(tile, out, stats, states, coefficients, sums, across)
-    given, given_across = arguments(stats, states, coefficients), arguments(below.stats, below.states, below.coefficients)
-    what = [a.native for a in given], native_sums(sums), [a.native for a in given_across]
+    given = arguments(stats, states, coefficients)
+    lower = arguments(below.stats, below.states, below.coefficients)
+    what = [a.native for a in given], native_sums(sums), [a.native for a in lower]
     native, to = native_tile(tile), (out.data_ptr(), out.stride(0), DTYPES[out.dtype])
     _launch(
         tile.data.device,
