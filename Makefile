@@ -6,8 +6,9 @@ RUN    := $(VENV)/bin/python
 PIP    := $(RUN) -m pip -qq --disable-pip-version-check install
 TORCH  := $(shell grep '^torch==' requirements-dev.txt)
 ARGS   ?=
-# `make gpu` takes an environment that is there: torch and triton for the device, nvcc, cmake (3.24), ninja, pybind11, pytest,
-# pytest-benchmark and hypothesis; of the peers (liger-kernel, cut-cross-entropy, quack-kernels) those that it can import.
+# `make gpu` takes an environment that is there, PYTHONPATH included: torch (2.11) and triton (3.6) for the device, nvcc, cmake
+# (3.24), ninja, setuptools (77), pybind11, pytest, pytest-benchmark and hypothesis; of the peers (liger-kernel,
+# cut-cross-entropy, quack-kernels) those that it can import.
 GPU_PYTHON ?= python3
 GPU_DEVICE ?= cuda
 GPU_ROWS   ?= bench/results/gpu.csv
@@ -39,13 +40,16 @@ bench: setup
 	@$(RUN) -m pytest bench $(ARGS)
 
 # The benchmark runs whatever the tests say; what either said is told at the end.
+gpu: export PYTHONPATH := $(CURDIR):$(PYTHONPATH)
 gpu:
+	@$(GPU_PYTHON) -c "import hypothesis, pybind11, pytest, pytest_benchmark, torch; from setuptools import version as v; \
+	assert int(v.__version__.split('.')[0]) >= 77, 'setuptools ' + v.__version__ + ' is too old'"
 	CMAKE_ARGS="$(CMAKE_ARGS) $(if $(filter cuda%,$(GPU_DEVICE)),-DFUSEDLOSS_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES=native)" $(GPU_PYTHON) setup.py -q build_ext --inplace
-	PYTHONPATH=. $(GPU_PYTHON) -m fusedloss info
+	$(GPU_PYTHON) -m fusedloss info
 	@tests=passed; bench=done; \
-	PYTHONPATH=. $(GPU_PYTHON) -m pytest -q --device $(GPU_DEVICE) tests/test_device.py $(ARGS) || tests=FAILED; \
-	PYTHONPATH=. $(GPU_PYTHON) -m pytest -q --device $(GPU_DEVICE) --maxfail=50 --ignore tests/test_device.py $(ARGS) || tests=FAILED; \
-	PYTHONPATH=. $(GPU_PYTHON) bench/gpu.py --device $(GPU_DEVICE) --rows $(GPU_ROWS) $(BENCH_ARGS) || bench=FAILED; \
+	$(GPU_PYTHON) -m pytest -q --device $(GPU_DEVICE) tests/test_device.py $(ARGS) || tests=FAILED; \
+	$(GPU_PYTHON) -m pytest -q --device $(GPU_DEVICE) --maxfail=50 --ignore tests/test_device.py $(ARGS) || tests=FAILED; \
+	$(GPU_PYTHON) bench/gpu.py --device $(GPU_DEVICE) --rows $(GPU_ROWS) $(BENCH_ARGS) || bench=FAILED; \
 	echo "make gpu: tests $$tests, benchmark $$bench"; test "$$tests $$bench" = "passed done"
 
 # --- set-up: a stamp in the environment for each step that is done ---

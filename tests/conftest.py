@@ -41,9 +41,12 @@ def pytest_configure(config):
 
 
 @pytest.fixture(autouse=True)
-def device(request):
-    """The device under test, and the default of everything that a test makes."""
+def device(request, monkeypatch):
+    """The device under test, and the default of everything that a test makes; its module's tensors are moved there."""
     where = torch.device("cpu" if request.node.get_closest_marker("host") else request.config.getoption("--device"))
+    for name, value in list(vars(request.module).items()):
+        if isinstance(value, torch.Tensor):
+            monkeypatch.setattr(request.module, name, value.to(where))
     with where:
         torch.manual_seed(0)
         yield where

@@ -423,7 +423,8 @@ def test_opcheck_eager_gradient(name, monkeypatch):
 
 
 @pytest.mark.parametrize("target", [torch.randint(0, V, (5,)), torch.randint(0, V, (2, 3)).int(), torch.tensor(3)])
-def test_opcheck_checked_target(target):
+def test_opcheck_checked_target(target, device):
+    target = target.to(device)
     torch.library.opcheck(torch.ops.fusedloss.checked_target.default, (target, V, -100, "a_loss"), test_utils=CHECKS)
     safe, keep, _ = checked_target("a_loss", logits_scores(torch.zeros(*target.shape, V)), target, 3)
     assert safe.dtype == torch.int64 and keep.dtype == torch.bool and safe.shape == keep.shape == (target.numel(),)
