@@ -14,7 +14,16 @@ from torch import Tensor
 
 from .. import statistics as S
 from . import torch as plain
-from .native import DTYPES, _native, arguments, compiled, compiled_across, load_error, native_sums, native_tile
+from .native import (
+    DTYPES,
+    _native,
+    arguments,
+    compiled,
+    compiled_across,
+    load_error,
+    native_sums,
+    native_tile,
+)
 from .tile import CPU_LIMITS, Across, Exponentials, Limits, Sums, Tile
 from .torch import gemm as plain_gemm
 
