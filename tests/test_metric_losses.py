@@ -335,6 +335,19 @@ def test_cosine_contrastive_hinges_have_no_slope_at_their_kink():
     close(gradient(loss, z), [[0.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
 
 
+@pytest.mark.parametrize("name", ["bpr_loss", "cosine_contrastive_loss", "pairwise_softmax_loss"])
+def test_an_ignored_row_may_hold_anything(name):
+    x, y, target = torch.randn(4, 3, dtype=F64), torch.randn(6, 3, dtype=F64), torch.tensor([0, 1, -100, 3])
+    kept, x[2] = target >= 0, torch.nan
+    x, y = x.requires_grad_(), y.requires_grad_()
+    loss = getattr(fl, name)(fl.similarity_scores(x, y), target)
+    truth = getattr(fl, name)(fl.similarity_scores(x[kept], y), target[kept])
+    close(loss, truth)
+    (dx, dy), (_, right) = (torch.autograd.grad(v, (x, y)) for v in (loss, truth))
+    assert (dx[2] == 0).all()
+    torch.testing.assert_close(dy, right)
+
+
 @pytest.mark.parametrize("name", ["bpr_loss", "auc_loss", "cosine_contrastive_loss", "pairwise_softmax_loss"])
 def test_one_pair_alone(name):
     """No negative: what is left is CCL's own positive."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -15,8 +17,11 @@ from .pairs import COMMON, pair_scores, positives
 SCORES = "pair"
 
 
-def positive_scores(scores: Scores, target: Tensor) -> Tensor:
+def positive_scores(scores: Scores, target: Tensor, ignore_index: int) -> Tensor:
     """Scores at the targets, which `row_loss` has yet to check: any column stands in for one out of range."""
+    if scores.weight is not None and target.shape == scores.leading:  # what an ignored row holds reaches no gradient
+        ignored = (target == ignore_index).unsqueeze(1)
+        scores = replace(scores, input=scores.input.masked_fill(ignored, 0.0))
     return scores.at(target.long().clamp(0, max(0, scores.columns - 1)))
 
 
@@ -43,7 +48,7 @@ def bpr_loss(
     scores = pair_scores("bpr_loss", scores)
     target = positives("bpr_loss", scores, target)
     common = dict(row_weight=row_weight, ignore_index=ignore_index, reduction=reduction)
-    return _bpr_loss(scores, target, positive_scores(scores, target), **common)
+    return _bpr_loss(scores, target, positive_scores(scores, target, ignore_index), **common)
 
 
 bpr_loss.__doc__ += COMMON

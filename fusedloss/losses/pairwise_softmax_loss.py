@@ -68,9 +68,8 @@ def pairwise_softmax_loss(
     common = dict(row_weight=row_weight, ignore_index=ignore_index, reduction=reduction)
     if form == "sl":
         return _pairwise_softmax_loss__of_exponentials(scores, target, **options, **common)
-    return _pairwise_softmax_loss__of_surrogates(
-        scores, target, positive_scores(scores, target), form=form, **options, **common
-    )
+    hit = positive_scores(scores, target, ignore_index)
+    return _pairwise_softmax_loss__of_surrogates(scores, target, hit, form=form, **options, **common)
 
 
 pairwise_softmax_loss.__doc__ += COMMON
