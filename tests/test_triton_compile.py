@@ -23,7 +23,7 @@ REGISTERS = {
     "linear_statistics": 255,
 }
 PLAIN_REGISTERS = {"statistics": 112, "gradient": 96}  # where raw scores are the scores
-COLUMN_REGISTERS = {"statistics": 224, "gradient": 192}  # a program of one warp, and of four where sums are gathered
+COLUMN_REGISTERS = {"statistics": 232, "gradient": 200}  # a program of one warp, and of four where sums are gathered
 SHARED = {"linear_statistics": 128 << 10, "gradient": 16 << 10, "gradient_of_exponentials": 8 << 10}
 COLUMN_SHARED = SHARED | {"statistics": 2 << 10, "gradient": 8 << 10}
 MOST_SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
