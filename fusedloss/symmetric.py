@@ -17,11 +17,14 @@ from torch import Tensor
 
 from .backends.tile import Across, Sums, Tile
 from .memory import workspace
-from .plan import accumulation_dtype, spans
+from .plan import accumulation_dtype, divided_up, spans
 from .schedule import Gradients, corner, taking_across
 from .statistics import Extreme, Score, Statistic
 from .stream import Stream, narrowed
 
+# Blocks to a side, where they are large enough: those on the diagonal save nothing.
+BLOCKS = 8
+LEAST_SIDE = 256
 # Rows of single scores that are looked at together.
 SOME_ROWS = 2048
 
@@ -30,7 +33,8 @@ def _blocks(stream: Stream, budget: int | None) -> tuple[int, Iterator[tuple[sli
     """Rows to a block, and the blocks on and right of the diagonal."""
     limits, wide = stream.backend.limits(stream.x.device), accumulation_dtype(stream.dtype).itemsize
     room = limits.pair_bytes if budget is None else min(budget, limits.pair_bytes)
-    side = max(1, min(stream.rows, isqrt(room // wide) // 64 * 64 or isqrt(room // wide)))
+    most = isqrt(room // wide)
+    side = max(1, min(stream.rows, most // 64 * 64 or most, max(LEAST_SIDE, divided_up(stream.rows, BLOCKS))))
     pairs = ((rows, columns) for rows in spans(stream.rows, side) for columns in spans(stream.rows, side))
     return side, ((rows, columns) for rows, columns in pairs if columns.start >= rows.start)
 

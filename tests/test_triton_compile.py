@@ -23,7 +23,7 @@ REGISTERS = {
     "linear_statistics": 255,
 }
 PLAIN_REGISTERS = {"statistics": 112, "gradient": 96}  # where raw scores are the scores
-COLUMN_REGISTERS = {"statistics": 224, "gradient": 192}  # a program of one warp, and of four where sums are gathered
+COLUMN_REGISTERS = {"statistics": 232, "gradient": 200}  # a program of one warp, and of four where sums are gathered
 SPILLED = {}  # bytes, by kernel and title
 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):  # measured with 3.6 and its ptxas 12.8
     PLAIN_REGISTERS = {"statistics": 120, "gradient": 104}  # 119 ("others") and 101 ("smooth")

@@ -257,7 +257,7 @@ if engine.interpreted():
         for stats, below in (
             ([table_of(kind)["logsumexp"], table_of(kind)["count"]], []),
             ([table_of(kind)[n] for n in names], [theirs["sum"], theirs["score"]]),
-            ([table_of(kind)["score"], LogSumExp()], [theirs["logsumexp"]]),
+            ([table_of(kind)["score"], LogSumExp()], [theirs["logsumexp"], LogSumExp()]),
             ([], [theirs[n] for n in ("moments", "log_tanh-row", "score-columns")]),
         ):
             states, truths = ([s.identity(n, "cpu") for n, part in ((ROWS, stats), (COLUMNS, below)) for s in part]
