@@ -23,7 +23,7 @@ from .statistics import Extreme, Score, Statistic
 from .stream import Stream, narrowed
 
 # Blocks to a side, where they are large enough: those on the diagonal save nothing.
-BLOCKS = 8
+BLOCKS = 4
 LEAST_SIDE = 256
 # Rows of single scores that are looked at together.
 SOME_ROWS = 2048
