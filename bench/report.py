@@ -18,6 +18,8 @@ SHAPES = ("2048x512x32000", "1024x1024x128256", "4096x256x50257", "8192x64x8000"
 TARGETS = {"fp32": (1.05, 1.05, 1.10, 1.25, 1.05, 1.05), "bf16": (1.10, 1.10, 1.25, 1.9, 1.10, 1.10)}
 TIGHT_TARGETS = {"fp32": (1.5, 1.5, 1.5, 1.5), "bf16": (1.5, 1.8, 1.5, 1.5)}
 
+PAIR_TARGETS = {"fp32": 1.10, "bf16": 1.35}
+
 Cases = dict[tuple[str, str], dict[str, dict[str, str]]]
 
 
@@ -61,7 +63,7 @@ def mib(row: dict[str, str] | None, key: str = "peak_mib") -> str:
 
 
 def grid(head: str, lines: list[str]) -> str:
-    words = ("N, D, V", "case", "loss", "type", "contender", "fastest of PyTorch", "target", "commit", "note")
+    words = ("N, D, V", "case", "loss", "type", "contender", "B, D", "fastest of PyTorch", "target", "commit", "note")
     rule = ["---" if cell.strip() in words else "---:" for cell in head.strip("|").split("|")]
     return "\n".join([head, f"|{'|'.join(rule)}|", *lines])
 
@@ -95,11 +97,35 @@ def linear_table(cases: Cases) -> str:
     return grid(head, lines)
 
 
+def is_pair(case: str) -> bool:
+    return case.split()[0] in ("sigmoid", "clip", "supcon")
+
+
+def pair_table(cases: Cases) -> str:
+    lines = []
+    for (case, dtype), rows in sorted(cases.items()):
+        if not is_pair(case):
+            continue
+        ours, floor = rows[OURS], next(iter(rows.values()))
+        dense, loop = (rows.get(f"torch, {how}") for how in ("dense", "loop over tiles"))
+        name, shape = case.split()
+        target = PAIR_TARGETS[dtype]
+        met = "" if name == "supcon" else f"{target:.2f} {'met' if float(ours['ratio']) <= target else 'missed'}"
+        cells = [f"`{name}_loss`", shape.replace("x", ", "), dtype, f"{float(floor['ms']):.0f}", f"**{times(ours)}**", met]
+        cells += [times(dense), times(loop), mib(ours), mib(dense), mib(loop), ours["commit"], noted(ours)]
+        lines.append("| " + " | ".join(cells) + " |")
+    head = (
+        "| loss | B, D | type | floor, ms | fusedloss | target | dense torch | loop over tiles | fusedloss, peak MiB |"
+        " dense, peak MiB | loop, peak MiB | commit | note |"
+    )
+    return grid(head, lines)
+
+
 def other_table(cases: Cases) -> str:
-    """Every case but the linear ones and the single losses: contenders and their ratios and peaks."""
+    """Every case but the linear ones, the pairs and the single losses: contenders and their ratios and peaks."""
     lines = []
     for (case, dtype), rows in cases.items():
-        if case.startswith("linear ") or "cross_entropy" in rows:
+        if case.startswith("linear ") or "cross_entropy" in rows or is_pair(case):
             continue
         for name, row in rows.items():
             figures = f"{float(row['ms']):.0f} | {times(row)} | {mib(row)}"
@@ -120,5 +146,5 @@ def losses_table(cases: Cases) -> str:
 
 if __name__ == "__main__":
     found = read([Path(p) for p in sys.argv[1:]])
-    for name, make in (("linear", linear_table), ("other", other_table), ("losses", losses_table)):
+    for name, make in (("linear", linear_table), ("pairs", pair_table), ("other", other_table), ("losses", losses_table)):
         replace_section(PAGE, name, make(found))
