@@ -58,9 +58,8 @@ class _Statistics(torch.autograd.Function):
     def forward(ctx, text, keep, carried, *streams_and_rows):
         streams, rows = streams_and_rows[:STREAMS], streams_and_rows[STREAMS:]
         values, columns, states, *across = _op.statistics(text, *streams, keep, carried)
-        ctx.text, ctx.keep, ctx.live = text, keep, [t.requires_grad for t in carried]
-        ctx.carried = [t.detach() for t in carried]
-        ctx.save_for_backward(*streams, states, across[2], *rows)
+        ctx.text, ctx.live = text, [t.requires_grad for t in carried]
+        ctx.save_for_backward(*streams, states, across[2], keep, *[t.detach() for t in carried], *rows)
         ctx.mark_non_differentiable(columns, states, *across[1:])
         ctx.set_materialize_grads(False)
         return values, columns, states, *across
@@ -69,15 +68,16 @@ class _Statistics(torch.autograd.Function):
     def backward(ctx, grad, _columns, _states, grad_across, *_):
         none = (None, None, None)
         saved = ctx.saved_tensors
-        streams, (states, states_across, *rows) = saved[:STREAMS], saved[STREAMS:]
-        both = _both_gradients(ctx.text, ctx.carried, grad, grad_across, states, states_across)
+        streams, (states, states_across, keep, *others) = saved[:STREAMS], saved[STREAMS:]
+        carried, rows = others[: len(ctx.live)], others[len(ctx.live) :]
+        both = _both_gradients(ctx.text, carried, grad, grad_across, states, states_across)
         if both is None:
             return *none, *([None] * (STREAMS + len(rows)))
         needs = list(ctx.needs_input_grad[len(none) : len(none) + STREAMS])
         if torch.is_grad_enabled():
-            return *none, *_dense_statistics_gradient(ctx, streams, rows, *both, needs)
+            return *none, *_dense_statistics_gradient(ctx, streams, keep, carried, rows, *both, needs)
         found = _op.statistics_backward(
-            ctx.text, *streams, ctx.keep, ctx.carried, states, both[0], states_across, both[1], needs
+            ctx.text, *streams, keep, carried, states, both[0], states_across, both[1], needs
         )
         return *none, *[g if n else None for g, n in zip(found, needs)], *([None] * len(rows))
 
@@ -93,13 +93,14 @@ def _both_gradients(text, carried, grad, grad_across, states, states_across) -> 
     )
 
 
-def _dense_statistics_gradient(ctx, streams, rows, grad, grad_across, needs) -> list[Tensor | None]:
+def _dense_statistics_gradient(ctx, streams, keep, carried, rows, grad, grad_across, needs) -> list[Tensor | None]:
     spec = decode(ctx.text)
+    streams, rows = _apart(streams), _apart(rows)
     scores = _dense(spec, streams)
-    if ctx.keep is not None:
-        grad = torch.where(ctx.keep.unsqueeze(1), grad, 0.0)
+    if keep is not None:
+        grad = torch.where(keep.unsqueeze(1), grad, 0.0)
     row = iter(rows)
-    carried = [next(row) if live else t for t, live in zip(ctx.carried, ctx.live)]
+    carried = [next(row) if live else t for t, live in zip(carried, ctx.live)]
     stats, across = split(ops.skeletons(spec, carried))
     found = [(s.value(s.of(scores.z, 0)), g) for s, g in _zipped(stats, grad)]
     found += [(s.value(s.of(scores.z.t(), 0)), g) for s, g in _zipped(across, grad_across)]
@@ -109,6 +110,12 @@ def _dense_statistics_gradient(ctx, streams, rows, grad, grad_across, needs) -> 
     # slope's own derivatives.
     slopes = _gradients(values, rows, [g.detach() for g in upstream], [True] * len(rows)) if rows else []
     return [*_gradients(values, streams, upstream, needs), *[None if g is None else g - g.detach() for g in slopes]]
+
+
+def _apart(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The same tensors, as views: one may be made from another (a row parameter from the weight), and a derivative in
+    the one must not run through the other."""
+    return [None if t is None else t.view_as(t) for t in tensors]
 
 
 def _zipped(stats, grad: Tensor):
@@ -179,6 +186,7 @@ class _WeightedTotal(torch.autograd.Function):
 
 def _dense_total_gradient(ctx, streams, row_factor, grad):
     spec = decode(ctx.text)
+    streams, (row_factor,) = _apart(streams), _apart([row_factor])
     losses = ops.PROGRAMS[spec.program].call(_dense(spec, streams), ctx.rows, ctx.shared)
     if ctx.keep is not None:
         losses = torch.where(ctx.keep, losses, 0.0)

@@ -25,7 +25,7 @@ from .backends.tile import Across, Sums
 from .memory import empty
 from .plan import Plan, Walk, accumulation_dtype, waiting_dtype
 from .schedule import Gradients, eager_sweep, gradient_sweep, keeps_exponentials, statistics_sweep
-from .statistics import Statistic, build, split
+from .statistics import Count, Statistic, build, split
 from .stream import Stream
 from .trace import PROGRAMS
 
@@ -275,7 +275,9 @@ def fill_gradients(
     stream: Stream, walk: Walk, rows: Across, columns: Across, into: Gradients, found: list[Tensor | None]
 ) -> None:
     """Fill `into`, whose buffers are `found`, from the coefficients of rows and of columns."""
-    peak = _peak(stream, torch.cat([g.reshape(-1) for g in (*rows.coefficients, *columns.coefficients)]))
+    sides = [pair for side in (rows, columns) for pair in zip(side.stats, side.coefficients)]
+    heard = [c.reshape(-1) for s, c in sides if not isinstance(s, Count)]  # a count has no derivative
+    peak = _peak(stream, torch.cat(heard)) if heard else None
     if peak is not None:
         rows, columns = [replace(c, coefficients=[g / peak for g in c.coefficients]) for c in (rows, columns)]
     if stream.symmetric:

@@ -14,10 +14,11 @@ from .backends.tile import Tile
 from .checks import expect, fixed
 from .dense import DenseScores, dense_scores
 from .plan import Plan, Walk, plan
+from .relation import CLASSES, IDS, MATRIX, ROWS
 from .statistics import Columns, Statistic
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Scores:
     """The one input type of every loss.
 
@@ -37,6 +38,10 @@ class Scores:
     walk: Walk = field(default_factory=Walk)
     keep: Tensor | None = None  # (N,) bool: rows that count
     symmetric: bool = False  # weight is input: s_ij = s_ji, and half of them are computed
+
+    def __repr__(self) -> str:
+        kind = "logits" if self.weight is None else f"{self.weight.shape[0]} columns"
+        return f"Scores(input={tuple(self.input.shape)} {self.input.dtype}, {kind})"
 
     @property
     def columns(self) -> int:
@@ -144,8 +149,12 @@ class Scores:
         float64, whatever the scores are. Rows that do not count (`keep`) get 0. Backward computes the scores a second
         time.
         """
-        if any(t.requires_grad for s in statistics for name, _, t in s.tensors() if name != "row"):
-            return self.dense().reduce(*statistics)
+        self.check_statistics(statistics)
+        trained = [t for s in statistics for name, _, t in s.tensors() if name in ("weights", "values") and t.requires_grad]
+        if trained and torch.is_grad_enabled():
+            if self.keep is None:
+                return self.dense().reduce(*statistics)
+            raise ValueError("Scores.reduce: statistics: expected constant weights where rows are left out (ignore_index)")
         if self.keep is not None and any(isinstance(s, Columns) for s in statistics):
             raise ValueError("Scores.reduce: statistics: expected no Columns where rows are left out (ignore_index)")
         given = self.reduced(statistics)
@@ -156,12 +165,34 @@ class Scores:
     def reduced(self, statistics: Sequence[Statistic]) -> tuple[Tensor, ...]:
         """What `reduce` shows, still in matrices: values, columns found and states of rows, then of columns."""
         carried = [
-            t.detach() if t.is_floating_point() and not t.requires_grad else t
+            t if name == "row" and t.requires_grad else t.detach()  # thresholds and the like are constants
             for s in statistics
-            for _, _, t in s.tensors()
+            for name, _, t in s.tensors()
         ]
         text = self.spec(tuple([s.static() for s in statistics]))
         return autograd.statistics(text, self.streams(), self.keep, carried)
+
+    def sizes(self, across: bool) -> tuple[int, int]:
+        """How many rows and columns the tensors of a statistic are for; of one `across`, of columns."""
+        return self.rows, self.columns
+
+    def check_statistics(self, statistics: Sequence[Statistic]) -> None:
+        """Kernels read what statistics carry without a look at its length."""
+        name = "Scores.reduce"
+        for s in statistics:
+            across = isinstance(s, Columns)
+            rows, columns = self.sizes(across)
+            for field, role, t in s.tensors():
+                kind = f"{type(s.statistic if across else s).__name__}.{field}"
+                if role == MATRIX:
+                    wanted = (columns, rows) if across else (rows, columns)
+                    expect(t.shape == wanted, name, kind, f"shape {wanted}", t)
+                elif role != IDS:  # `at` may have several columns to a row
+                    wanted = rows if role == ROWS else columns
+                    expect(t.dim() > 0 and len(t) == wanted, name, kind, f"{wanted} entries", t)
+                if field in ("at", "columns", "where.without", "where.row_label", "where.column_label"):
+                    whole = not (t.is_floating_point() or t.is_complex())
+                    expect(whole, name, kind, "integers", t.dtype, TypeError)
 
     def at(self, columns: Tensor) -> Tensor:
         """Scores at given columns (N,) or (N, k), int64: N·k products instead of a pass over N·V. Differentiable."""
@@ -202,7 +233,7 @@ class _Taken:
         self.starts = [a + n for a, n in zip(self.starts, sizes)]
         row = getattr(s, "row", None)
         if row is not None and row.requires_grad:
-            apart = (row - row.detach()).unsqueeze(1)  # zero, with the row parameter's gradient
+            apart = torch.where(row.isfinite(), row - row.detach(), 0.0).unsqueeze(1)  # zero, with row's gradient
             value = value + s.row_slope(state).to(value.dtype) * apart
         return s.present(value, found)
 
@@ -304,6 +335,9 @@ def _options(
     expect(temperature > 0, name, "temperature", "a number > 0", temperature)
     if isinstance(scale, Tensor):
         expect(scale.dim() == 0, name, "scale", "a number or a 0-dimensional tensor", tuple(scale.shape))
+    else:
+        finite = isinstance(scale, (int, float)) and scale - scale == 0
+        expect(finite, name, "scale", "a number or a 0-dimensional tensor", scale)
     return softcap or 0.0, scale if temperature == 1.0 else scale / temperature
 
 

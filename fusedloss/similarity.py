@@ -63,8 +63,9 @@ def check_features(
     expect(
         memory_budget is None or memory_budget > 0, name, "memory_budget", "a positive number of bytes", memory_budget
     )
-    for argument, value in (("scale", scale), ("bias", bias)):
-        scalar = not isinstance(value, Tensor) or value.dim() == 0
+    for argument, value in (("scale", scale), ("bias", 0.0 if bias is None else bias)):
+        number = isinstance(value, (int, float)) and value - value == 0  # neither infinite nor NaN
+        scalar = value.dim() == 0 if isinstance(value, Tensor) else number
         expect(scalar, name, argument, "a number or a 0-dimensional tensor", value)
     return same
 
@@ -74,7 +75,7 @@ def shift_of(bias: float | Tensor | None, x: Tensor) -> Tensor | None:
     if bias is None or (isinstance(bias, (int, float)) and bias == 0):
         return None
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return torch.as_tensor(bias, dtype=None if isinstance(bias, Tensor) else wide, device=x.device)
+    return bias.to(x.device) if isinstance(bias, Tensor) else torch.full((), bias, dtype=wide, device=x.device)
 
 
 def unit(x: Tensor) -> Tensor:

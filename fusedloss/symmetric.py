@@ -48,7 +48,7 @@ def statistics_sweep(stream: Stream, stats: Sequence[Statistic], budget: int | N
     for s, state in zip(stats, states):
         if isinstance(s, Score):
             for at, into in zip(s.columns_of(stream.rows).unbind(1), state.unbind(1)):
-                into.copy_(torch.where(at < 0, 0.0, meant(stream, single(stream, at))))
+                into.copy_(torch.where((at < 0) | (at >= stream.columns), 0.0, meant(stream, single(stream, at))))
     many = [n for n, s in enumerate(stats) if not isinstance(s, Score)]
     if not many:
         return states
@@ -103,7 +103,8 @@ def gradient_sweep(
             if isinstance(s, (Score, Extreme)):
                 at = s.columns(state) if isinstance(s, Extreme) else s.columns_of(stream.rows)
                 for column, c in zip(at.unbind(1), coefficient.unbind(1)):
-                    add_single(stream, column, torch.where(column < 0, 0.0, c), dx, dx, sums)
+                    c = torch.where((column < 0) | (column >= stream.columns), 0.0, c)
+                    add_single(stream, column, c, dx, dx, sums)
         if apart:
             into.x.copy_(dx)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from .statistics import Statistic, build
+from .statistics import Columns, Statistic, build
 
 FUNCTIONS: dict[str, Callable] = {}  # row losses by unique name
 PROGRAMS: dict[str, Program] = {}
@@ -96,7 +96,7 @@ def _without_saved_tensor_hooks() -> Iterator[None]:
 def program_key(
     name: str, names: tuple, options: tuple, rows: tuple, shared: tuple, columns: int, dtype: str, device: str
 ) -> str | None:
-    """Trace the loss `name` for these options and kinds of arguments, once. None when it takes two stages."""
+    """Trace the loss `name` for these options and kinds of arguments, once. None when it takes two stages, or columns."""
     key = repr((name, names, options, rows, shared, columns, dtype, device))
     if key not in PROGRAMS:
         with torch.enable_grad(), _without_saved_tensor_hooks():
@@ -139,6 +139,8 @@ def _trace(function, names, options, rows, shared, columns, dtype, device) -> Pr
 
     prepared = make_fx(prepare, tracing_mode="symbolic")(row_examples, shared_examples)
     stats = recorded[0]
+    if any(isinstance(s, Columns) for s in stats):  # a column is whole only when all chunks of rows have been seen
+        return None
     count = _row_count({*lengths, *(int(s.outputs) for s in stats)})
     row_examples = [_example(kind, count, device) for kind in rows]
     values = [torch.ones(count, int(s.outputs), dtype=dtype, device=device) for s in stats]

@@ -111,6 +111,10 @@ class DistributedScores(Scores):
         return (self.input, None if self.symmetric else self.weight, None, None, self.shift, scale)
 
     @torch.compiler.disable
+    def sizes(self, across: bool) -> tuple[int, int]:
+        ranks = self.ranks
+        return (sum(ranks.rows), ranks.columns[ranks.rank]) if across else (self.rows, self.columns)
+
     def reduced(self, statistics: Sequence[Statistic]) -> tuple[Tensor, ...]:
         plain = [s.with_tensors({name: t.detach() for name, _, t in s.tensors()}) for s in statistics]
         x, y, *_, shift, scale = self.streams()

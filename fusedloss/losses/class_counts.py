@@ -62,6 +62,7 @@ def class_balanced_weight(counts: Tensor, beta: float = 0.9999) -> dict[str, Ten
     """
     check_number("class_balanced_weight", "beta", beta, 0, 1)
     counts = _checked("class_balanced_weight", counts)
-    log_beta = torch.log(torch.as_tensor(beta, dtype=counts.dtype, device=counts.device))
+    beta = beta.to(counts) if isinstance(beta, torch.Tensor) else counts.new_full((), beta)
+    log_beta = torch.log(beta)
     weight = torch.where(counts > 0, (beta - 1) / torch.expm1(counts * log_beta), 0.0)
     return {"weight": weight * (counts.shape[0] / weight.sum())}

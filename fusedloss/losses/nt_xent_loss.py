@@ -31,11 +31,15 @@ def nt_xent_loss(scores: Tensor | Scores, target: Tensor | None = None) -> Tenso
     """
     name = "nt_xent_loss"
     scores = pair_scores(name, scores, square=True)
+    alone = scores.weight is None or scores.weight is scores.input
+    expect(alone, name, "scores", "of x with itself, all views in x: similarity_scores(torch.cat([x1, x2]), …)", "of x with y")
     own = scores.diagonal()
     if target is None:
         expect(len(own) % 2 == 0, name, "scores", "an even number of rows, two views of each", len(own))
         target = own.roll(len(own) // 2)  # of the rows that are here
     other, keep, valid = checked_target(name, scores, target, -100)
+    if other.device.type == "cpu":  # elsewhere it would wait for the device
+        expect(not (keep & (other == own)).any(), name, "target", "another view of each row", "the row itself")
     negatives = Other(other, scores.of_columns(own), without=own)  # all but the row itself and its other view
     losses = nll(*scores.reduce(LogSumExp(where=negatives), Score(other)))
     return spoilt(scores.mean(torch.where(keep, losses, 0.0)), valid).to(scores.dtype)

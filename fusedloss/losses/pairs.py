@@ -13,7 +13,7 @@ COMMON = """
     Common arguments:
         scores: `similarity_scores(x, y, scale=…)`, N × M, never stored, or a dense matrix (N, M) of scores.
         target: (N,) the column of each row's positive; None: the diagonal, where x_i and y_i are a pair.
-        row_weight: (N,) weights of the rows, differentiable.
+        row_weight: (N,) weights of the rows, differentiable; a mean divides by their sum.
         ignore_index: rows with this target have loss 0, gradient exactly 0, and do not count.
         reduction: "mean" over the rows that count (0 when there are none), "sum" or "none".
     Returns a float32 loss (float64 for float64 scores).
@@ -25,7 +25,8 @@ def pair_scores(name: str, scores: Scores | Tensor, argument: str = "scores", *,
     """The scores, as N × M; with `square` N = M, where a column has a positive as a row has."""
     matrix = isinstance(scores, Scores) or (isinstance(scores, Tensor) and scores.dim() == 2)
     expect(matrix, name, argument, "similarity_scores(x, y) or a matrix (N, M)", scores)
-    scores = as_scores(scores)
+    # A matrix without columns and rows is a batch of nothing, whose loss is 0.
+    scores = Scores(scores) if isinstance(scores, Tensor) and scores.shape == (0, 0) else as_scores(scores)
     expect(len(scores.leading) == 1, name, argument, "one dimension of rows", tuple(scores.leading))
     shape = scores.rows, columns_here(scores)
     expect(not square or shape[0] == shape[1], name, argument, "as many rows as columns", shape)
@@ -43,6 +44,8 @@ def positives(name: str, scores: Scores, target: Tensor | None) -> Tensor:
         shape = scores.rows, columns_here(scores)
         expect(shape[0] <= shape[1], name, "target", "given where N > M", shape)
         return scores.diagonal()
+    expect(isinstance(target, Tensor), name, "target", "a tensor of columns", type(target).__name__, TypeError)
+    expect(target.shape == scores.leading, name, "target", f"shape {tuple(scores.leading)}", target)
     return target
 
 
@@ -56,7 +59,8 @@ def labels(name: str, scores: Scores, kind: str, rows: Tensor, columns: Tensor |
     columns = rows if columns is None else columns
     for argument, values, count in ((kind, rows, scores.rows), (other, columns, here)):
         expect(isinstance(values, Tensor), name, argument, "an integer tensor", values, TypeError)
-        expect(integral(values), name, argument, "integers", values.dtype, TypeError)
+        whole = not (values.is_floating_point() or values.is_complex())
+        expect(whole, name, argument, "integers", values.dtype, TypeError)
         expect(values.shape == (count,), name, argument, f"shape ({count},)", values)
     return rows.long(), scores.of_columns(columns.long())
 

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from math import inf
-
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from ..checks import check_constant, expect
 from ..dense import dense_scores
 from ..numerics import nll
-from ..plan import spans
 from ..scores import Scores
 from .pairs import pair_scores
-
-# A chunk of scores, where the scores name no memory_budget; some five of them are alive at once.
-CHUNK_BYTES = 64 << 20
+from .row_chunks import over_chunks
 
 
 def soft_info_nce_loss(
@@ -39,7 +32,7 @@ def soft_info_nce_loss(
             matrix, N × M. No gradient flows into it.
         alpha, beta: α ≥ 0, β > α / (M − 1). least: the 0.1.
 
-    Returns a float32 mean (float64 for float64 scores), 0 for no rows. Raises ValueError or TypeError.
+    Returns a float32 mean (float64 for float64 scores), 0 for no rows.
     """
     name = "soft_info_nce_loss"
     check_constant(name, "alpha", alpha, 0)
@@ -49,39 +42,23 @@ def soft_info_nce_loss(
     shape, theirs = (scores.rows, scores.columns), (teacher.rows, teacher.columns)
     expect(shape[0] <= shape[1], name, "scores", "each row's positive among the columns, N ≤ M", shape)
     expect(theirs == shape, name, "teacher", f"{shape} scores", theirs)
-    one = type(scores) is Scores and type(teacher) is Scores
-    expect(one, name, "scores", "scores of one process", type(scores).__name__)
-    others = max(0, shape[1] - 1) or inf  # without negatives nothing depends on it
-    check_constant(name, "beta", beta, alpha / others, above=True)
-    budget = scores.walk.memory_budget or CHUNK_BYTES
-    rows = max(1, budget // (max(1, shape[1]) * scores.dtype.itemsize))
-    own = scores.diagonal()
-    student, guide = _wide(scores), _wide(replace(teacher, input=teacher.input.detach()))
+    expect(type(teacher) is Scores, name, "teacher", "scores of one process", type(teacher).__name__)
+    others = max(0, shape[1] - 1)
+    if others > 1:  # a single negative has weight 1, whatever α and β are
+        check_constant(name, "beta", beta, alpha / others, above=True)
+    guide, *made, _ = teacher.streams()
 
-    def losses(chunk: slice, *student: Tensor) -> Tensor:
-        z, at = _some(scores, student, chunk), own[chunk].unsqueeze(1)
+    def losses(z, at, guide):
+        at = at.unsqueeze(1)
         with torch.no_grad():
-            pi = _some(teacher, guide, chunk).scatter(1, at, -torch.inf).softmax(1)
-            w = ((beta - alpha * pi) / (beta - alpha / others)).clamp(min=least)
-        negatives = (z + w.log().to(z.dtype)).scatter(1, at, -torch.inf)
-        return nll(negatives.logsumexp(1).double(), z.gather(1, at)[:, 0].double())
+            pi = dense_scores(guide, *made, teacher.softcap, teacher.scale, teacher.multiply_dtype)
+            pi = pi.scatter(1, at, -torch.inf).softmax(1)
+            w = (beta - alpha * pi) / (beta - alpha / others) if others > 1 else torch.ones_like(pi)
+        negatives = (z + w.clamp(min=least).log().to(z.dtype)).scatter(1, at, -torch.inf)
+        return (nll(negatives.logsumexp(1).double(), z.gather(1, at)[:, 0].double()).sum(),)
 
-    chunks = list(spans(shape[0], rows)) or [slice(0, 0)]
-    parts = [checkpoint(losses, chunk, *student, use_reentrant=False) for chunk in chunks]
-    return scores.mean(torch.cat(parts)).to(scores.dtype)
-
-
-def _wide(scores: Scores) -> tuple:
-    """What makes the scores, in the type that they are computed in: gradients of chunks are summed in it."""
-    kinds = scores.multiply_dtype, scores.dtype
-    vectors = [None if v is None else v.to(scores.dtype) for v in scores.streams()[2:5]]
-    x, y = (None if t is None else t.to(kinds[0]).to(kinds[1]) for t in (scores.input, scores.weight))
-    return x, y, *vectors, scores.scale
-
-
-def _some(scores: Scores, made_of: tuple, rows: slice) -> Tensor:
-    x, *others, scale = made_of
-    return dense_scores(x[rows], *others, scores.softcap, scale, scores.dtype)
+    (total,) = over_chunks(name, scores, losses, scores.diagonal(), guide.detach(), copies=5)
+    return (total / max(1, shape[0])).to(scores.dtype)
 
 
 def reference(z: Tensor, teacher, alpha=1.0, beta=1.0, least=0.1) -> Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..checks import check_number
 from ..losses.auc_loss import auc_loss
 from ..losses.bixse_loss import bixse_loss
 from ..losses.bpr_loss import bpr_loss
@@ -65,6 +66,24 @@ class PairLoss(Loss):
         said = cls.__dict__.get("__doc__") or f"`fusedloss.{of.__name__}` as a module: {cls.call}."
         cls.__doc__ = f"{inspect.cleandoc(said)}\n\n{inspect.getdoc(of)}"
 
+    def __init__(self, *arguments: object, **options: object):
+        super().__init__(*arguments, **options)
+        if "temperature" in self.own:
+            check_number(type(self).__name__, "temperature", self.temperature, 0, above=True)
+
+    def _scalars(self) -> dict[str, Tensor]:
+        held = {**dict(self.named_parameters(recurse=False)), **dict(self.named_buffers(recurse=False))}
+        return {name: t for name, t in held.items() if t.dim() == 0}
+
+    def _apply(self, function, recurse=True):
+        """`.half()` and `.bfloat16()` leave single numbers (log_scale, running means) in float32, or they stand still."""
+        before = {name: t.detach().clone() for name, t in self._scalars().items()}
+        super()._apply(function, recurse)
+        for name, t in self._scalars().items():
+            if t.dtype in (torch.float16, torch.bfloat16):
+                t.data = before[name].to(t.device)
+        return self
+
     def scores(self, x: Tensor, y: Tensor | None = None, **made: object) -> Scores:
         scale = 1 / self.temperature if "temperature" in self.own else getattr(self, "score_scale", 1.0)
         walk = {name: getattr(self, name) for name in WALK}
@@ -90,11 +109,14 @@ class LabelLoss(PairLoss):
 class LearnedScale(PairLoss):
     """Base of the modules that learn the scale of their scores, as its logarithm ``log_scale``, and some a ``bias``."""
 
-    def __init__(self, **options: object):
-        super().__init__(**options)
+    def __init__(self, *arguments: object, **options: object):
+        super().__init__(*arguments, **options)
         for name in ("log_scale", "bias"):
-            if name in self.own:
-                setattr(self, name, torch.nn.Parameter(torch.tensor(float(getattr(self, name)))))
+            if name in self.own and not isinstance(getattr(self, name), torch.nn.Parameter):  # one may be shared
+                value = torch.as_tensor(getattr(self, name), dtype=torch.float32).detach().clone()
+                delattr(self, name)
+                setattr(self, name, torch.nn.Parameter(value))
+
 
     def scores(self, x: Tensor, y: Tensor | None = None, **made: object) -> Scores:
         bias = {"bias": self.bias} if "bias" in self.own else {}
@@ -162,8 +184,12 @@ class CosineContrastiveLoss(PairLoss, of=cosine_contrastive_loss):
     pass
 
 
-class PairwiseSoftmaxLoss(PairLoss, of=pairwise_softmax_loss, score_scale=0.5):
-    pass
+class PairwiseSoftmaxLoss(PairLoss, of=pairwise_softmax_loss, score_scale=None):
+    """`fusedloss.pairwise_softmax_loss` as a module: forward(x, y); score_scale None: 1 for form="sl", else 1/2."""
+
+    def scores(self, x: Tensor, y: Tensor | None = None, **made: object) -> Scores:
+        scale = self.score_scale if self.score_scale is not None else 1.0 if self.form == "sl" else 0.5
+        return super().scores(x, y, **{"scale": scale, **made})
 
 
 class CircleLoss(LabelLoss, of=circle_loss):
