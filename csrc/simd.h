@@ -53,6 +53,16 @@ FL_INLINE f32 select(i32 mask, f32 a, float b) { return mask ? a : splat<f32>(b)
 FL_INLINE f32 select(i32 mask, float a, f32 b) { return mask ? splat<f32>(a) : b; }
 FL_INLINE f32 absolute(f32 x) { return bits_of<f32>(bits_of<i32>(x) & 0x7fffffff); }
 FL_INLINE f32 leading_bits(f32 x) { return bits_of<f32>(bits_of<i32>(x) & ~0xfff); }   // 12 of the 24
+// a b + c, rounded once where the processor can. Left to the compiler, two passes over the same tile may differ.
+FL_INLINE f32 multiply_add(f32 a, f32 b, f32 c) {
+#if defined(__AVX512F__)
+  return (f32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  return (f32)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
 FL_INLINE f32 larger(f32 a, f32 b) { return a > b ? a : b; }   // b where either is NaN
 
 FL_INLINE bool any(i32 mask) {

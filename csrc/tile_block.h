@@ -87,8 +87,7 @@ inline void transform_block(const fl_tile& t, const void* row, int64_t first, in
       slope *= flatness;
     }
     f32 cap = z;
-    z *= scale;
-    if (t.class_shift) z += load(t.class_shift + first + j, n);
+    z = multiply_add(z, scale, t.class_shift ? load(t.class_shift + first + j, n) : f32{});
     z = select(absent, -INFINITY, z);           // a softcap would make it finite, a scale of 0 NaN
     store(scores + j, z);
     if (with_slope) {

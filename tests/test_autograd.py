@@ -9,6 +9,7 @@ from conftest import BY_NAME
 from tolerance import check_linear_gradients, check_score_gradient
 from torch.utils.checkpoint import checkpoint
 
+import fusedloss as fl
 from fusedloss import cross_entropy, linear_cross_entropy, linear_scores, squentropy, trace
 from fusedloss.losses.squentropy import reference
 
@@ -545,3 +546,35 @@ def test_modules_and_optimisers(backend):
         fit.step(), twin_fit.step()
     close(layer.weight, twin.weight, 1e-4, 1e-4)
     close(layer.bias, twin.bias, 1e-4, 1e-4)
+
+
+def made_of_each_other():
+    """Losses of which one tensor is computed from another: (name, loss of W)."""
+    x, token, target = torch.randn(6, 8, dtype=torch.float64), torch.arange(6), torch.arange(6) % 5
+    some = torch.randn(8, 8, dtype=torch.float64)
+    return {
+        "tied": lambda w: fl.linear_cross_entropy(torch.tanh(w[token] @ some), w, target),
+        "tied rows": lambda w: fl.linear_cross_entropy(
+            torch.tanh(w[token] @ some), w, target, reduction="none"
+        ).sum(),
+        "bias": lambda w: fl.linear_cross_entropy(x, w, target, linear_bias=w.sum(1)),
+        "row weight": lambda w: fl.linear_cross_entropy(x, w, target, row_weight=w.sum(1)[:6].exp()),
+        "row parameter": lambda w: fl.bpr_loss(fl.similarity_scores(x, w)),
+        "similarity": lambda w: fl.info_nce_loss(fl.similarity_scores(w[:3] @ some, w)),
+    }
+
+
+@pytest.mark.parametrize("name", made_of_each_other())
+def test_first_derivatives_with_create_graph_are_those_without(name):
+    w = torch.randn(7, 8, dtype=torch.float64, requires_grad=True)
+    loss = made_of_each_other()[name]
+    plain, graph = (torch.autograd.grad(loss(w), w, create_graph=again)[0] for again in (False, True))
+    torch.testing.assert_close(graph, plain, rtol=1e-10, atol=1e-12)
+
+
+def test_what_a_statistic_carries_must_not_change_before_backward():
+    label, x = torch.arange(6) % 2, torch.randn(6, 4, requires_grad=True)
+    value = fl.similarity_scores(x).reduce(fl.LogSumExp(where=fl.Same(label, label)))
+    label.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.sum().backward()

@@ -488,3 +488,23 @@ ERRORS = {
 def test_errors_name_function_and_argument(message):
     with pytest.raises((ValueError, TypeError, IndexError), match="^" + re.escape(message)):
         ERRORS[message]()
+
+
+def test_views_of_nt_xent_are_one_set():
+    x, y = torch.randn(6, 4), torch.randn(6, 4)
+    with pytest.raises(ValueError, match=r"nt_xent_loss: scores: expected of x with itself"):
+        fl.nt_xent_loss(fl.similarity_scores(x, y))
+    with pytest.raises(ValueError, match="nt_xent_loss: target: expected another view of each row, got the row itself"):
+        fl.nt_xent_loss(fl.similarity_scores(x), torch.arange(6))
+
+
+@pytest.mark.parametrize("name", ["bpr_loss", "pairwise_softmax_loss"])
+def test_targets_of_a_wrong_shape(name):
+    scores = fl.similarity_scores(torch.randn(6, 4), torch.randn(6, 4))
+    with pytest.raises(ValueError, match=rf"{name}: target: expected shape \(6,\), got \(5,\)"):
+        getattr(fl, name)(scores, torch.arange(5))
+
+
+def test_a_single_negative_needs_no_beta():
+    assert fl.soft_info_nce_loss(torch.randn(2, 2), torch.randn(2, 2)).isfinite()
+    assert fl.soft_info_nce_loss(torch.zeros(0, 0), torch.zeros(0, 0)) == 0

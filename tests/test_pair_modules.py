@@ -77,7 +77,8 @@ def test_the_function_in_a_module(module, loss, case):
     x, y = (torch.randn(n, WIDTH, requires_grad=True) for n in (ROWS, columns))
     label = (of_batch.pop("label"),) if labelled else ()
     got = made(x, *(label or () if loss.SCORES == "self" else (y,)), **of_batch)
-    scores = fl.similarity_scores(x, None if loss.SCORES == "self" else y, **SCORES.get(name, dict(normalize=True)))
+    way = SCORES.get(name, dict(normalize=True)) | ({"scale": 1.0} if options.get("form") == "sl" else {})
+    scores = fl.similarity_scores(x, None if loss.SCORES == "self" else y, **way)
     truth = function_of(loss)(scores, *label, **options, **of_batch)
     torch.testing.assert_close(got, truth)
     (ours,), (theirs,) = (torch.autograd.grad(v, [x]) for v in (got, truth))
@@ -86,6 +87,17 @@ def test_the_function_in_a_module(module, loss, case):
     assert shown.startswith(module.__name__ + "(") and "schedule='recompute'" in shown
     defaults = {n: p.default for n, p in module.__signature__.parameters.items()}
     assert all(f"{n}=" in shown for n, value in given.items() if value != defaults[n])
+
+
+def test_a_parameter_may_be_shared_and_single_numbers_stay_float32():
+    scale = torch.nn.Parameter(torch.tensor(2.0))
+    assert fl.nn.ClipLoss(log_scale=scale).log_scale is scale
+    made = fl.nn.SigmoidLoss().bfloat16()
+    assert made.log_scale.dtype == made.bias.dtype == torch.float32
+    made = fl.nn.MarginSoftmaxLoss(5, 4, margin="adaface").half()
+    assert made.norm_mean.dtype == torch.float32 and made.weight.dtype == torch.float16
+    with pytest.raises(ValueError, match=r"InfoNCELoss: temperature: expected a number in \(0, inf\], got 0"):
+        fl.nn.InfoNCELoss(temperature=0)
 
 
 def test_what_is_learned():

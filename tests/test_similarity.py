@@ -320,6 +320,52 @@ def test_errors_say_what_is_wrong():
         similarity_scores(x, y).keeping(torch.arange(N) > 3).reduce(Columns(LogSumExp()))
 
 
+@pytest.mark.parametrize(
+    "statistic, message",
+    [
+        (lambda: Sum(torch.ones(10)), "Sum.weights: expected 53 entries, got"),
+        (lambda: Score(torch.zeros(10, dtype=torch.int64)), "Score.at: expected 37 entries, got"),
+        (lambda: Count(where=Same(torch.arange(N), torch.arange(N))), "Count.where.column_label: expected 53 entries"),
+        (lambda: Columns(Count(where=Same(torch.arange(N), torch.arange(M)))), "Count.where.row_label: expected 53 entries, got"),
+    ],
+)
+def test_what_statistics_carry_has_the_scores_shape(backend, statistic, message):
+    with pytest.raises(ValueError, match=message):
+        similarity_scores(torch.randn(N, D), torch.randn(M, D)).reduce(statistic())
+
+
+def test_labels_are_integers():
+    with pytest.raises(TypeError, match="Count.where.row_label: expected integers, got torch.float32"):
+        similarity_scores(torch.randn(N, D)).reduce(Count(where=Same(torch.rand(N), torch.arange(N))))
+
+
+def test_a_column_that_is_not_there_has_no_score(backend):
+    x = torch.randn(3, D, requires_grad=True)
+    score = similarity_scores(x).reduce(Score(torch.tensor([9, 1, -7])))
+    assert score[0] == score[2] == 0
+    score.sum().backward()
+    torch.testing.assert_close(x.grad, torch.stack([x[0] * 0, 2 * x[1], x[2] * 0]).detach())
+
+
+def test_infinite_row_parameters():
+    row = torch.tensor([0.0, torch.inf, -torch.inf, 1.0], requires_grad=True)
+    z = torch.randn(4, 5)
+    for one, other in zip(*(fl.logits_scores(z).reduce(SumOf("hinge", row=r)) for r in (row, row.detach()))):
+        assert one == other
+
+
+def test_a_row_loss_may_look_at_columns():
+    @fl.row_loss
+    def both(scores):
+        rows, columns = scores.reduce(LogSumExp(), Columns(LogSumExp()))
+        return rows + columns
+
+    x, y = torch.randn(6, D, dtype=F64, requires_grad=True), torch.randn(6, D, dtype=F64)
+    got, truth = both(similarity_scores(x, y)), both.on_statistics(similarity_scores(x, y).dense()).mean()
+    torch.testing.assert_close(got, truth)
+    torch.testing.assert_close(torch.autograd.grad(got, x), torch.autograd.grad(truth, x))
+
+
 def test_rows_of_zeros_stay_zeros_when_they_are_normalised():
     x = torch.randn(5, D)
     x[2] = 0

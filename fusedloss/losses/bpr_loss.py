@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..checks import expect
 from ..numerics import softplus
 from ..relation import Rest
 from ..row_loss import row_loss
@@ -17,9 +18,10 @@ from .pairs import COMMON, pair_scores, positives
 SCORES = "pair"
 
 
-def positive_scores(scores: Scores, target: Tensor, ignore_index: int) -> Tensor:
+def positive_scores(name: str, scores: Scores, target: Tensor, ignore_index: int) -> Tensor:
     """Scores at the targets, which `row_loss` has yet to check: any column stands in for one out of range."""
-    if scores.weight is not None and target.shape == scores.leading:  # what an ignored row holds reaches no gradient
+    expect(target.shape == scores.leading, name, "target", f"shape {tuple(scores.leading)}", target)
+    if scores.weight is not None:  # what an ignored row holds reaches no gradient
         ignored = (target == ignore_index).unsqueeze(1)
         scores = replace(scores, input=scores.input.masked_fill(ignored, 0.0))
     return scores.at(target.long().clamp(0, max(0, scores.columns - 1)))
@@ -48,7 +50,7 @@ def bpr_loss(
     scores = pair_scores("bpr_loss", scores)
     target = positives("bpr_loss", scores, target)
     common = dict(row_weight=row_weight, ignore_index=ignore_index, reduction=reduction)
-    return _bpr_loss(scores, target, positive_scores(scores, target, ignore_index), **common)
+    return _bpr_loss(scores, target, positive_scores("bpr_loss", scores, target, ignore_index), **common)
 
 
 bpr_loss.__doc__ += COMMON

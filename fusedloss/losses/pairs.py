@@ -39,13 +39,12 @@ def columns_here(scores: Scores) -> int:
 
 
 def positives(name: str, scores: Scores, target: Tensor | None) -> Tensor:
-    """(N,) the column of each row's positive."""
+    """(N,) the column of each row's positive; or (N, k), where a loss takes several."""
     if target is None:
         shape = scores.rows, columns_here(scores)
         expect(shape[0] <= shape[1], name, "target", "given where N > M", shape)
         return scores.diagonal()
     expect(isinstance(target, Tensor), name, "target", "a tensor of columns", type(target).__name__, TypeError)
-    expect(target.shape == scores.leading, name, "target", f"shape {tuple(scores.leading)}", target)
     return target
 
 

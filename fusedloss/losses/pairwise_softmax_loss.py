@@ -68,7 +68,7 @@ def pairwise_softmax_loss(
     common = dict(row_weight=row_weight, ignore_index=ignore_index, reduction=reduction)
     if form == "sl":
         return _pairwise_softmax_loss__of_exponentials(scores, target, **options, **common)
-    hit = positive_scores(scores, target, ignore_index)
+    hit = positive_scores(name, scores, target, ignore_index)
     return _pairwise_softmax_loss__of_surrogates(scores, target, hit, form=form, **options, **common)
 
 
