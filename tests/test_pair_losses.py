@@ -493,7 +493,7 @@ ERRORS = {
     "soft_info_nce_loss: alpha: expected a number": lambda: fl.soft_info_nce_loss(
         pairs(6, 6), itself(), alpha=torch.ones(())
     ),
-    "soft_info_nce_loss: beta": lambda: fl.soft_info_nce_loss(pairs(2, 2), itself(2)),
+    "soft_info_nce_loss: beta": lambda: fl.soft_info_nce_loss(pairs(3, 3), itself(3), beta=0.4),
     "soft_info_nce_loss: scores: expected each row": lambda: fl.soft_info_nce_loss(pairs(9, 6), torch.rand(9, 6)),
     "cwcl_loss: scores: expected as many rows": lambda: fl.cwcl_loss(pairs(), torch.rand(6, 3)),
     "cwcl_loss: teacher: expected (6, D_u)": lambda: fl.cwcl_loss(pairs(6, 6), torch.rand(5, 3)),
