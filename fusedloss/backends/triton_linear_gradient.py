@@ -8,15 +8,25 @@ import torch
 import triton
 from torch import Tensor
 
+from .. import statistics as S
 from ..kernels import linear_gradient as kernels
 from . import triton_launch as base
 from .tile import Across, Sums, Tile
 from .triton import interpreted
 from .triton_arguments import describe_all, way_of
 
+PIECES = 4  # of a program's accumulators, one after the other turned into gradients
+
 
 def fuses_gradient(stats, across: Across | None, sums: Sums) -> bool:
     return base.fuses([*stats, *(() if across is None else across.stats)])
+
+
+def _visits_lightly(stats) -> bool:
+    """Whether registers are left for a wide block of columns beside these states: those of a sigmoid loss."""
+    return len(stats) <= 2 and all(
+        isinstance(s, S.Score) or (isinstance(s, S.SumOf) and s.function == "softplus" and s.where is None) for s in stats
+    )
 
 
 def linear_gradient(
@@ -45,8 +55,8 @@ def launches(
     specs_across, of_columns, numbers_across, prepared = base._prepared(*below, columns, x)
     yield from prepared
     specs_visited, visited = ((), (x,)) if visit_states is None or not stats else describe_all(stats, visit_states)
-    light = base._light(stats, below[0])
-    bm, bn = base.LINEAR_ROWS, base.LINEAR_COLUMNS if light else base.LINEAR_COLUMNS // 2
+    few = _visits_lightly(stats) if specs_visited else base._light(stats, below[0])
+    bm, bn = base.LINEAR_ROWS, base.LINEAR_COLUMNS if few and not hip else base.LINEAR_COLUMNS // 2
     bk = 128 // x.element_size()
     row_blocks, steps = triton.cdiv(rows, bm), triton.cdiv(columns, bn)
     per_part = triton.cdiv(steps, min(steps, triton.cdiv(base.PROGRAMS, row_blocks)))
@@ -63,7 +73,7 @@ def launches(
             **dict(sums=column_sums.scratch(row_blocks, parts, x), part_columns=per_part * bn),
         ),
         dict(SPECS=specs, ACROSS=specs_across, VISITED=specs_visited, HOW=how, SUMS=column_sums.asked,
-             SPLIT=parts > 1, EVEN=depth % bk == 0, UPCAST=interpreted(), BM=bm, BN=bn, BK=bk),
+             SPLIT=parts > 1, EVEN=depth % bk == 0, UPCAST=interpreted(), PIECES=PIECES, BM=bm, BN=bn, BK=bk),
         stages=2 if hip else 4,
     )  # fmt: skip
     if specs_visited and parts > 1:
