@@ -146,54 +146,47 @@ if engine.interpreted():
     def forced(monkeypatch):
         """The gradient comes out of the product or not at all; what came out so, and the types of the walk's blocks."""
         limits, product, workspace, seen = engine.limits, engine.linear_gradient, schedule.workspace, []
-        monkeypatch.setattr(engine, "limits", lambda device: replace(limits(device), fuses_gradient=True))
+        monkeypatch.setattr(engine, "limits", lambda device: replace(limits(device), fuses_gradient=True, block_columns=64))
         monkeypatch.setattr(engine, "gradient", None)
         monkeypatch.setattr(engine, "linear_gradient", lambda *given: seen.append(given[9] is not None) or product(*given))
         blocks = []
         monkeypatch.setattr(
             schedule, "workspace", lambda device, *wanted: blocks.append(wanted[0][1]) or workspace(device, *wanted)
         )
-        monkeypatch.setattr(triton_launch, "PROGRAMS", 1)
-        monkeypatch.setattr(triton_launch, "LINEAR_ROWS", 8)
+        monkeypatch.setattr(triton_launch, "LINEAR_ROWS", 16)
         return seen, blocks
 
-    def supcon(scores):
-        n, m = scores.shape
-        rows, columns = labels(n, 1), labels(m, 2)
-        values, positive, count = scores.reduce(
-            LogSumExp(), Sum(where=Same(rows, columns)), Columns(SumOf("hinge", where=Other(columns, rows)))
-        )
-        return values.mean() - positive.mean() / 4 + count.mean() / 8
-
+    N, M = 70, 83
+    GROUPS = {"row_group": labels(N, 1), "column_group": labels(M, 2)}
     LOSSES = {
-        "sigmoid": (fl.sigmoid_loss, 21, True),
-        "sigmoid of groups": (
-            lambda s: fl.sigmoid_loss(s, row_group=labels(21, 1), column_group=labels(33, 2)), 33, True
-        ),
-        "clip": (fl.clip_loss, 21, False),
-        "infonce": (fl.info_nce_loss, 33, False),
-        "supcon": (supcon, 33, False),
-    }  # fmt: skip
+        "sigmoid": (fl.sigmoid_loss, N, BF16),
+        "sigmoid of groups": (lambda s: fl.sigmoid_loss(s, **GROUPS), M, FP16),
+        "clip": (fl.clip_loss, N, BF16),
+        "infonce": (fl.info_nce_loss, M, FP16),
+        "supcon": (lambda s: fl.supcon_loss(s, labels(N, 1), column_label=labels(M, 2)), M, BF16),
+    }
 
     @pytest.mark.parametrize("name", LOSSES)
-    @pytest.mark.parametrize("dtype", [BF16, FP16])
-    def test_the_whole_way(name, dtype, forced):
+    def test_the_whole_way(name, forced):
         """Several blocks each way, against the dense scores in fp64."""
-        loss_of, columns, visits = LOSSES[name]
-        x, y = (torch.nn.functional.normalize(torch.randn(n, 24)).to(dtype) for n in (21, columns))
+        loss_of, columns, dtype = LOSSES[name]
+        visits = name.startswith("sigmoid")
+        x, y = (torch.nn.functional.normalize(torch.randn(n, 24)).to(dtype) for n in (N, columns))
 
-        def found(wide, **walk):
+        def found(wide, scores_of):
             given = [t.to(wide).requires_grad_() for t in (x, y)]
             given += [torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (4.0, -1.0)]
-            scores = fl.similarity_scores(*given[:2], scale=given[2], bias=given[3], **walk)
-            loss = loss_of(scores if walk else scores.dense())
+            loss = loss_of(scores_of(*given))
             return loss.detach(), torch.autograd.grad(loss, given)
 
-        schedule_of = {} if visits else {"schedule": "recompute"}
-        loss, got = found(dtype, backend="triton", memory_budget=2000, **schedule_of)
-        truth, exact = found(torch.float64)
+        def streamed(x, y, scale, bias):
+            walk = {"schedule": "auto" if visits else "recompute", "memory_budget": 20 << 11, "backend": "triton"}
+            return fl.similarity_scores(x, y, scale=scale, bias=bias, **walk)
+
+        truth, exact = found(torch.float64, lambda x, y, scale, bias: x @ y.t() * scale + bias)
+        loss, got = found(dtype, streamed)
         seen, blocks = forced
-        assert len(seen) > 1 and all(one == visits for one in seen)
+        assert len(seen) == 8 and all(one == visits for one in seen)  # 4 of rows, 2 of columns
         assert blocks[-1] == dtype
         close(loss, truth, 1e-5 * (1 + truth.abs().item()))
         for g, e in zip(got, exact):
