@@ -133,6 +133,18 @@ if engine.interpreted():
                 close(s.value(got), s.value(state), 1e-5, type(s).__name__)
             assert all((state == s.identity(ROWS, "cpu")).all() for s, state in zip(stats, states))
 
+    def test_scores_of_other_tiles():
+        """A column (or a row) that is wanted, but beyond those of this tile: 0, though a program has room for it."""
+        x, y = torch.randn(5, 16).bfloat16(), torch.randn(70, 16).bfloat16()
+        rows, columns = Score(torch.tensor([3, 69, 70, 71, 90])), Score(torch.arange(70) % 9)
+        states, truths = ([rows.identity(5, "cpu"), columns.identity(70, "cpu")] for _ in range(2))
+        engine.linear_statistics(x, y, Tile(None), [rows], states[:1], None, [columns], states[1:])
+        exact = Tile(x.double() @ y.double().t())
+        plain.statistics(exact, [rows], truths[:1])
+        plain.column_statistics(exact, [columns], truths[1:])
+        for got, truth in zip(states, truths):
+            close(got, truth, 1e-5)
+
     def test_what_is_too_much():
         tile, wide = Tile(None), Score(torch.zeros(3, 9).long())
         assert not engine.fuses_gradient([Max()], None, Sums(), tile)
