@@ -51,7 +51,9 @@ class Stream:
     def fuses(self, stats: Sequence[Statistic], across: Sequence[Statistic] = ()) -> bool:
         """Whether the backend takes these statistics out of the product itself."""
         fuses = getattr(self.backend, "fuses", None)
-        return fuses is not None and self._multiplies() and fuses(stats, self.tile(None, slice(0, self.columns)), across)
+        if fuses is None or not self._multiplies():
+            return False
+        return fuses(stats, self.tile(None, slice(0, self.columns)), across)
 
     def fuses_gradient(self, stats: Sequence[Statistic], across: Across | None, sums: Sums) -> bool:
         """Whether it takes their gradient out of the product, and should."""

@@ -45,8 +45,8 @@ def product(x, x_stride, weight, weight_stride, begin_row, begin, rows, columns,
 
 @triton.jit
 def pick_from_block(z, row, there, column, inside, begin, first, argument, SPEC: tl.constexpr, BN: tl.constexpr):
-    """SCORE: each wanted column is in one block of one program, so its state is merged into at once. A column beyond the
-    last one here is in another tile."""
+    """SCORE: each wanted column is in one block of one program, so its state is merged into at once; not where it lies
+    beyond the last one here, in another tile."""
     for c in range(SPEC[COUNT]):
         place = tl.load(wanted(argument, row, SPEC) + c, mask=there, other=-1)
         place = tl.where(place >= 0, place - first - begin, -1)

@@ -157,14 +157,24 @@ if engine.interpreted():
     @pytest.fixture
     def forced(monkeypatch):
         """The gradient comes out of the product or not at all; what came out so, and the types of the walk's blocks."""
-        limits, product, workspace, seen = engine.limits, engine.linear_gradient, schedule.workspace, []
-        monkeypatch.setattr(engine, "limits", lambda device: replace(limits(device), fuses_gradient=True, block_columns=64))
+        plain_limits, product, plain_workspace = engine.limits, engine.linear_gradient, schedule.workspace
+        seen, blocks = [], []
+
+        def limits(device):
+            return replace(plain_limits(device), fuses_gradient=True, block_columns=64)
+
+        def linear_gradient(*given):
+            seen.append(given[9] is not None)
+            product(*given)
+
+        def workspace(device, *wanted):
+            blocks.append(wanted[0][1])
+            return plain_workspace(device, *wanted)
+
+        monkeypatch.setattr(engine, "limits", limits)
         monkeypatch.setattr(engine, "gradient", None)
-        monkeypatch.setattr(engine, "linear_gradient", lambda *given: seen.append(given[9] is not None) or product(*given))
-        blocks = []
-        monkeypatch.setattr(
-            schedule, "workspace", lambda device, *wanted: blocks.append(wanted[0][1]) or workspace(device, *wanted)
-        )
+        monkeypatch.setattr(engine, "linear_gradient", linear_gradient)
+        monkeypatch.setattr(schedule, "workspace", workspace)
         monkeypatch.setattr(triton_launch, "LINEAR_ROWS", 16)
         return seen, blocks
 

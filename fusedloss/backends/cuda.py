@@ -14,7 +14,7 @@ from .cublas import gemm  # noqa: F401
 from . import torch as plain
 from .native import DTYPES, _native, arguments, compiled, compiled_across, load_error, native_sums, native_tile
 from .tile import Across, Exponentials, Sums, Tile
-from .triton import limits, linear_gradient, linear_statistics  # noqa: F401 (here too: nothing of the product is compiled)
+from .triton import limits, linear_gradient, linear_statistics  # noqa: F401 (here too: no product is compiled)
 
 name = "cuda"
 reads_scale = True  # a learnable scale is read by the device, without a wait

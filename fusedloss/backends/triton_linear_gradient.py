@@ -24,9 +24,9 @@ def fuses_gradient(stats, across: Across | None, sums: Sums) -> bool:
 
 def _visits_lightly(stats) -> bool:
     """Whether registers are left for a wide block of columns beside these states: those of a sigmoid loss."""
-    return len(stats) <= 2 and all(
-        isinstance(s, S.Score) or (isinstance(s, S.SumOf) and s.function == "softplus" and s.where is None) for s in stats
-    )
+    softplus = [s for s in stats if isinstance(s, S.SumOf) and s.function == "softplus" and s.where is None]
+    scores = [s for s in stats if isinstance(s, S.Score)]
+    return len(softplus) + len(scores) == len(stats) <= 2
 
 
 def linear_gradient(
@@ -47,7 +47,7 @@ def launches(
     (rows, depth), columns = x.shape, weight.shape[0]
     below = ((), (), ()) if across is None else (across.stats, across.states, across.coefficients)
     if not base.fuses([*stats, *below[0]]):
-        raise ValueError("fusedloss: triton: this gradient cannot be taken out of a product; ask `fuses_gradient` first")
+        raise ValueError("fusedloss: triton: this gradient cannot come out of a product; ask `fuses_gradient` first")
     assert x.stride(1) == 1 and weight.stride(1) == 1 and out.stride(1) == 1 and x.dtype == weight.dtype
     way, how = way_of(tile, x)
     specs, arguments, numbers, prepared = base._prepared(stats, states, coefficients, rows, x)
