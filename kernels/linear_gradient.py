@@ -35,7 +35,7 @@ def visited_block(states, z, arguments, partial, row, there, column, begin, insi
     """The states after one more block; scores at columns are merged into theirs at once."""
     for k in tl.static_range(len(SPECS)):
         if SPECS[k][KIND] == SCORE:
-            pick_from_block(z, row, there, column, inside, begin, first, arguments[k], tl.constexpr(SPECS[k]), B)
+            pick_from_block(z, row, there, column, begin, first, columns, arguments[k], tl.constexpr(SPECS[k]), B)
     return update_all(states, z, arguments, row, there, column, inside, first, columns, partial, 0, partial, -1, SPECS)
 
 
