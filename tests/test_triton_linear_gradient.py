@@ -116,9 +116,7 @@ if engine.interpreted():
         buffer = torch.full((ROWS + 1, COLUMNS + 5), 7.0, dtype=dtype)
         tile = Tile(None, FIRST, first_row=FIRST_ROW, **given)
         visited = [s.identity(ROWS, "cpu") for s in stats] if visits else None
-        engine.linear_gradient(
-            x, y, tile, buffer[:ROWS, :COLUMNS], stats, states, mine, Sums(**asked), across, visited
-        )
+        engine.linear_gradient(x, y, tile, buffer[:ROWS, :COLUMNS], stats, states, mine, Sums(**asked), across, visited)
         size = max(1.0, truth.abs().max().item())
         torch.testing.assert_close(
             buffer[:ROWS, :COLUMNS].double(), truth, rtol=ROUNDING[dtype] + 1e-5, atol=4e-6 * size
