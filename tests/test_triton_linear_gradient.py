@@ -148,6 +148,9 @@ if engine.interpreted():
         assert not engine.fuses_gradient([Max()], None, Sums(), tile)
         assert not engine.fuses_gradient([wide], None, Sums(), tile)
         assert not engine.fuses_gradient([], Across([Max()], [], []), Sums(), tile)
+        many = [LogSumExp(), Moments()], Across([LogSumExp(), Moments(), Score(torch.zeros(3).long())], [], [])
+        assert engine.fuses_gradient(*many, Sums(), tile)
+        assert not engine.fuses_gradient([*many[0], SumOf("hinge")], many[1], Sums(), tile)
         x, out = torch.randn(3, 8).bfloat16(), torch.empty(3, 3).bfloat16()
         with pytest.raises(ValueError, match="fuses_gradient"):
             engine.linear_gradient(x, x, tile, out, [Max()], [Max().identity(3, "cpu")], [torch.ones(3, 1)], Sums())

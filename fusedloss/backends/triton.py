@@ -157,8 +157,8 @@ def linear_statistics(
 
 
 def fuses_gradient(stats: Sequence[Statistic], across: Across | None, sums: Sums, tile: Tile) -> bool:
-    """Whether `linear_gradient` takes these: what `linear_statistics` does not take, it does not take either."""
-    return _launcher("triton_linear_gradient").fuses_gradient(stats, across, sums)
+    """Whether `linear_gradient` takes these: what `linear_statistics` takes, if it is not too much; any sums."""
+    return _launcher("triton_linear_gradient").fuses_gradient(stats, across)
 
 
 def linear_gradient(

@@ -16,10 +16,12 @@ from .triton import interpreted
 from .triton_arguments import describe_all, way_of
 
 PIECES = 4  # of a program's accumulators, one after the other turned into gradients
+MOST_SLOPES = 4  # statistics, beside scores and counts, whose slopes registers are left for
 
 
-def fuses_gradient(stats, across: Across | None, sums: Sums) -> bool:
-    return base.fuses([*stats, *(() if across is None else across.stats)])
+def fuses_gradient(stats, across: Across | None) -> bool:
+    both = [*stats, *(() if across is None else across.stats)]
+    return base.fuses(both) and sum(not isinstance(s, (S.Score, S.Count)) for s in both) <= MOST_SLOPES
 
 
 def _visits_lightly(stats) -> bool:
@@ -46,7 +48,7 @@ def launches(
 ) -> Iterator[base.Launch]:  # fmt: skip
     (rows, depth), columns = x.shape, weight.shape[0]
     below = ((), (), ()) if across is None else (across.stats, across.states, across.coefficients)
-    if not base.fuses([*stats, *below[0]]):
+    if not fuses_gradient(stats, across):
         raise ValueError("fusedloss: triton: this gradient cannot come out of a product; ask `fuses_gradient` first")
     assert x.stride(1) == 1 and weight.stride(1) == 1 and out.stride(1) == 1 and x.dtype == weight.dtype
     way, how = way_of(tile, x)
