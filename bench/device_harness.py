@@ -6,6 +6,8 @@ import importlib
 import statistics
 import sys
 from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 
@@ -23,6 +25,17 @@ def importable(name: str) -> bool:
         print(f"  {name} is left out: {type(error).__name__}: {error}".splitlines()[0], flush=True)
         return False
     return True
+
+
+@contextmanager
+def limited(backend, **limits: object):
+    """With these `Limits` of a backend: what it does only where they say so."""
+    plain = backend.limits
+    backend.limits = lambda device: replace(plain(device), **limits)
+    try:
+        yield
+    finally:
+        backend.limits = plain
 
 
 class Clock:

@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +23,7 @@ import gpu_contrastive
 import torch
 import torch.nn.functional as F
 from cases import chunked, compiled, eager, eager_fp32, floor, has_chunked, ours, shape_name, step
-from device_harness import Clock, failures, importable, measure, plot, report, versions
+from device_harness import Clock, failures, importable, limited, measure, plot, report, versions
 from harness import OURS, Call, check_linear, commit, table
 from torch import Tensor
 
@@ -89,17 +87,6 @@ PEERS = {
 }
 
 
-@contextmanager
-def product(backend, fused: bool):
-    """Force a way of a backend's eager schedule: GEMM, then a pass; or statistics out of the product itself."""
-    plain = backend.limits
-    backend.limits = lambda device: replace(plain(device), fuses_eager=fused)
-    try:
-        yield
-    finally:
-        backend.limits = plain
-
-
 def our_ways(device: torch.device) -> dict[str, Callable[..., Tensor]]:
     """Ours by default, and every backend and walk by name."""
     ways = {OURS: ours}
@@ -110,7 +97,7 @@ def our_ways(device: torch.device) -> dict[str, Callable[..., Tensor]]:
             continue
 
         def way(x, w, target, backend=backend, fused=False, **walk):
-            with product(backend, fused):
+            with limited(backend, fuses_eager=fused):  # GEMM, then a pass; or statistics out of the product itself
                 return ours(x, w, target, backend=backend.name, **walk)
 
         ways[f"{OURS}, {backend.name}, chunked"] = partial(way, schedule="eager")

@@ -16,7 +16,7 @@ from contrastive import (
     ours,
     step,
 )
-from device_harness import importable
+from device_harness import importable, limited
 from harness import OURS, Call
 from torch import Tensor
 
@@ -69,7 +69,19 @@ def contenders(name: str, inputs: list[Tensor]) -> dict[str, Call]:
     for peer, (module, way) in PEERS[name].items():
         if x.device.type == "cuda" and importable(module):
             ways[peer] = way
-    return calls | {way: step(loss, inputs) for way, loss in ways.items()}
+    calls |= {way: step(loss, inputs) for way, loss in ways.items()}
+    product = calls.get(f"{OURS}, triton")
+    return calls if product is None else calls | {f"{OURS}, triton, one kernel": one_kernel(product)}
+
+
+def one_kernel(call: Call) -> Call:
+    """The gradient of the scores out of the product itself; it may be formed in the backward pass."""
+
+    def run():
+        with limited(backends.triton, fuses_gradient=True):
+            return call()
+
+    return run
 
 
 def cases(

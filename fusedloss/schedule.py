@@ -112,8 +112,9 @@ def gradient_sweep(
     dx, dw, width = into.x, into.weight, stream.x.shape[1]
     apart = dx is not None and (stream.kept is not None or dx.dtype != wait)
     whole = dw is not None and dw.dtype == wait
+    fused = stream.fuses_gradient(stats, across, into.sums)
     wanted = [
-        ((layout.chunk_rows, layout.block_columns), wait),
+        ((layout.chunk_rows, layout.block_columns), stream.dtype if fused else wait),
         ((stream.rows if apart else 0, width), wait),
         ((0 if dw is None or whole else layout.block_columns, width), wait),
     ]
@@ -124,14 +125,17 @@ def gradient_sweep(
             for rows in spans(stream.rows, layout.chunk_rows):
                 x = stream.input(rows)
                 raw = corner(buffer, rows, columns)
-                tile = stream.compute(raw, x, columns, rows.start)
                 out = narrowed(buffer[: raw.shape[0]], slice(0, raw.shape[1]), stream.dtype)
-                mine = [s.taking(rows, columns) for s in stats]
-                cut = [s[rows] for s in states], [c[rows] for c in coefficients]
-                if visit:
-                    backend.statistics(tile, mine, cut[0])
-                below = taking_across(across, columns, rows)
-                backend.gradient(tile, out, mine, *cut, into.sums.taking(columns), below)
+                mine, states_here = [s.taking(rows, columns) for s in stats], [s[rows] for s in states]
+                asked = into.sums.taking(columns), taking_across(across, columns, rows)
+                given = mine, states_here, [c[rows] for c in coefficients], *asked
+                if fused:
+                    stream.fused_gradient(x, out, columns, rows.start, *given, states_here if visit else None)
+                else:
+                    tile = stream.compute(raw, x, columns, rows.start)
+                    if visit:
+                        backend.statistics(tile, mine, states_here)
+                    backend.gradient(tile, out, *given)
                 if dx is not None:
                     backend.gemm(dx[rows], out, stream.weight[columns], accumulate=columns.start > 0)
                 if part is not None:

@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .backends.tile import Exponentials, Limits, Tile
+from .backends.tile import Across, Exponentials, Limits, Sums, Tile
 from .plan import Plan, Walk, half, plan
 from .statistics import Statistic
 
@@ -51,11 +51,21 @@ class Stream:
     def fuses(self, stats: Sequence[Statistic], across: Sequence[Statistic] = ()) -> bool:
         """Whether the backend takes these statistics out of the product itself."""
         fuses = getattr(self.backend, "fuses", None)
-        if fuses is None or self.weight is None or not half(self.dtype):  # float32 would miss the matrix units
-            return False
-        if self.x.stride(1) != 1 or self.weight.stride(1) != 1:
+        if fuses is None or not self._multiplies():
             return False
         return fuses(stats, self.tile(None, slice(0, self.columns)), across)
+
+    def fuses_gradient(self, stats: Sequence[Statistic], across: Across | None, sums: Sums) -> bool:
+        """Whether it takes their gradient out of the product, and should."""
+        if not self.backend.limits(self.x.device).fuses_gradient or not self._multiplies():
+            return False
+        return self.backend.fuses_gradient(stats, across, sums, self.tile(None, slice(0, self.columns)))
+
+    def _multiplies(self) -> bool:
+        """Whether there is a product that kernels would take: float32 would miss the matrix units."""
+        if self.weight is None or not half(self.dtype):
+            return False
+        return self.x.stride(1) == 1 and self.weight.stride(1) == 1
 
     def fused_statistics(
         self, x: Tensor, stats, states, kept: Exponentials | None = None, across=(), below=(), first_row: int = 0
@@ -63,6 +73,10 @@ class Stream:
         """Statistics of whole rows, whose scores are never in memory."""
         tile = self.tile(None, slice(0, self.columns), first_row)
         self.backend.linear_statistics(x, self.weight, tile, stats, states, kept, across, below)
+
+    def fused_gradient(self, x: Tensor, out: Tensor, columns: slice, first_row: int, *given) -> None:
+        """Gradient of a block of scores that are never in memory."""
+        self.backend.linear_gradient(x, self.weight[columns], self.tile(None, columns, first_row), out, *given)
 
     def take(self, tensor: Tensor, rows: slice) -> Tensor:
         return tensor[rows] if self.kept is None else tensor.index_select(0, self.kept[rows])

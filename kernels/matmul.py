@@ -44,13 +44,13 @@ def product(x, x_stride, weight, weight_stride, begin_row, begin, rows, columns,
 
 
 @triton.jit
-def pick_from_block(z, row, there, column, begin, columns, first, argument, SPEC: tl.constexpr, BN: tl.constexpr):
-    """SCORE: each wanted column is in one block of one program, so its state is merged into at once. A block may reach
-    beyond the last of the `columns`; nothing is there."""
+def pick_from_block(z, row, there, column, begin, first, columns, argument, SPEC: tl.constexpr, BN: tl.constexpr):
+    """SCORE: each wanted column is in one block of one program, so its state is merged into at once; not where it lies
+    beyond the last one here, in another tile."""
     for c in range(SPEC[COUNT]):
-        place = tl.load(wanted(argument, row, SPEC) + c, mask=there, other=-1)
-        place = tl.where(place >= 0, place - first - begin, -1)
-        here = there & (place >= 0) & (place < BN) & (begin + place < columns)
+        place = tl.load(wanted(argument, row, SPEC) + c, mask=there, other=-1) - first
+        place = tl.where(place < columns, place - begin, -1)
+        here = there & (place >= 0) & (place < BN)
         if tl.max(here.to(tl.int32), 0) > 0:
             hit = column[None, :] - begin == place.to(tl.int32)[:, None]
             found = tl.sum(tl.where(hit & (z == z), z, 0.0), 1)
@@ -67,7 +67,7 @@ def states_of_columns(z, arguments, partial, row, there, begin_row, first_row, r
     row, column = row.to(tl.int32), column.to(tl.int64)
     for k in tl.static_range(len(SPECS)):
         if SPECS[k][KIND] == SCORE:
-            pick_from_block(z, column, inside, row, begin_row.to(tl.int32), rows, first_row, arguments[k],
+            pick_from_block(z, column, inside, row, begin_row.to(tl.int32), first_row, rows, arguments[k],
                             tl.constexpr(SPECS[k]), BM)  # fmt: skip
     states = start(arguments, column, inside, SPECS, B)
     states = update_all(states, z, arguments, column, inside, row, there, first_row, rows, partial, 0, partial, -1,
@@ -103,7 +103,7 @@ def linear_statistics(x, x_stride, weight, weight_stride, rows, columns, depth, 
             z, _, _ = scores_of(a, vectors, softcap, scale, row, there, column, inside, HOW)
             for k in tl.static_range(len(SPECS)):
                 if SPECS[k][KIND] == SCORE:
-                    pick_from_block(z, row, there, column, start_column, columns, first, arguments[k],
+                    pick_from_block(z, row, there, column, start_column, first, columns, arguments[k],
                                     tl.constexpr(SPECS[k]), BN // 2)  # fmt: skip
             states = update_all(states, z, arguments, row, there, column, inside, first, columns, keep, keep_stride,
                                 shift + wide(start_column // (BN // 2)) * shift_stride, KEEP, SPECS)  # fmt: skip

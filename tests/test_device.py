@@ -58,6 +58,21 @@ def test_linear_cross_entropy_out_of_the_product(backend, regime, monkeypatch):
     check_linear_gradients(dx, dw, lambda s: F.cross_entropy(s, target), x, w, target)
 
 
+def test_linear_cross_entropy_with_its_gradient_out_of_the_product(backend, regime, monkeypatch):
+    """The recompute schedule whose blocks of scores are never in memory: the product leaves their gradient."""
+    engine = BY_NAME[backend]
+    if not hasattr(engine, "fuses_gradient"):
+        pytest.skip(f"backend {backend!r} takes no gradient out of a product")
+    plain, product, taken = engine.limits, engine.linear_gradient, []
+    monkeypatch.setattr(engine, "limits", lambda device: replace(plain(device), fuses_gradient=True))
+    monkeypatch.setattr(engine, "linear_gradient", lambda *given: taken.append(given[3].dtype) or product(*given))
+    x, w, target = problem(torch.bfloat16, regime)
+    loss = fl.linear_cross_entropy(x, w, target, schedule="recompute", memory_budget=20 << 11)
+    dx, dw = torch.autograd.grad(loss, (x, w))
+    assert len(taken) > 1 and set(taken) == {torch.bfloat16}
+    check_linear_gradients(dx, dw, lambda s: F.cross_entropy(s, target), x, w, target)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_given_logits(backend, dtype):
     z, target = (3 * torch.randn(N, V)).to(dtype), torch.randint(0, V, (N,))

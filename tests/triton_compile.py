@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fusedloss.backends import triton_launch
+from fusedloss.backends import triton_launch, triton_linear_gradient
 from fusedloss.backends.tile import Across, Exponentials, Sums, Tile
 from fusedloss.relation import Other, Rest, Same
 from fusedloss.statistics import (
@@ -143,6 +143,14 @@ def launches(hip: bool):
         for how, tile in (("", plain), (" with options", options)):
             given = triton_launch.linear_launches(x, weight, tile, stats, states, keep, hip=hip)
             yield from ((name + how, launch) for launch in given)
+    for name, stats, how, tile, asked in (
+        ("entropy", entropy, "", plain, none),
+        ("entropy", entropy, " with options", options, every),
+        ("others", lists["others"], " with options", options, every),
+    ):
+        given = [s.identity(rows, "cpu") for s in stats], [torch.empty(rows, s.outputs) for s in stats], sums(asked)
+        launched = triton_linear_gradient.launches(x, weight, tile, half, stats, *given, hip=hip)
+        yield from ((name + how, launch) for launch in launched)
     yield from similarity_launches(hip)
 
 
@@ -204,6 +212,23 @@ def similarity_launches(hip: bool):
             given = stats, states(stats, rows), None, across[name], states(across[name], columns)
             launched = triton_launch.linear_launches(x, y, tile, *given, hip=hip)
             yield from ((f"{name} of columns", launch) for launch in launched)
+    sigmoid = [SumOf("softplus"), Score(ids)]
+    groups = [SumOf("softplus"), Sum(where=Same(ids, classes))]
+    for name, stats, below, asked in (
+        ("sigmoid", sigmoid, [], both),
+        ("sigmoid of groups", groups, [], both),
+        ("entropy", entropy, [], both),
+        ("entropy of columns", entropy, across["entropy"], sums(Sums(scale=scale))),
+        ("labels", lists["labels"], [], both),
+        ("labels of columns", lists["labels"], across["labels"], both),
+        ("pairs", lists["pairs"], [], both),
+        ("others of columns", entropy, across["others"], both),
+    ):
+        given = stats, states(stats, rows), coefficients(stats, rows), asked
+        given += (Across(below, states(below, columns), coefficients(below, columns)) if below else None,)
+        given += (states(stats, rows) if name.startswith("sigmoid") else None,)
+        launched = triton_linear_gradient.launches(x, y, tile, half, *given, hip=hip)
+        yield from ((f"{name} with options", launch) for launch in launched)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from .cublas import gemm  # noqa: F401
 from . import torch as plain
 from .native import DTYPES, _native, arguments, compiled, compiled_across, load_error, native_sums, native_tile
 from .tile import Across, Exponentials, Sums, Tile
-from .triton import limits, linear_statistics  # noqa: F401 (of this backend too: nothing of the product is compiled)
+from .triton import limits, linear_gradient, linear_statistics  # noqa: F401 (here too: no product is compiled)
 
 name = "cuda"
 reads_scale = True  # a learnable scale is read by the device, without a wait
@@ -138,6 +138,11 @@ def gradient_of_exponentials(
 def fuses(stats: Sequence[S.Statistic], tile: Tile, across: Sequence[S.Statistic] = ()) -> bool:
     """Whether `linear_statistics` takes these; that one is Triton's."""
     return triton.why_not() is None and triton.fuses(stats, tile, across)
+
+
+def fuses_gradient(stats: Sequence[S.Statistic], across: Across | None, sums: Sums, tile: Tile) -> bool:
+    """The same of `linear_gradient`."""
+    return triton.why_not() is None and triton.fuses_gradient(stats, across, sums, tile)
 
 
 def describe(dtype: torch.dtype) -> str:

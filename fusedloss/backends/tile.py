@@ -114,6 +114,7 @@ class Limits:
     in_place: bool  # narrow kept exponentials in the fp32 tile itself, rather than from a scratch block
     fused_columns: int = 0  # columns that share a shift where the product itself leaves exponentials; 0: it does not
     fuses_eager: bool = False  # and whether the eager schedule lets it
+    fuses_gradient: bool = False  # whether `gradient_sweep` lets the product leave gradients
 
 
 # Measured; see docs/performance.md. A block stays in the caches between the GEMM and the pass over it.

@@ -7,6 +7,7 @@ device, so a CUDA graph can record it. In Triton's interpreter (TRITON_INTERPRET
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -82,11 +83,11 @@ def gemm(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
 # --- tile primitives -------------------------------------------------------------------------------------------------
 
 
-def _launcher() -> ModuleType:
+def _launcher(which: str = "triton_launch") -> ModuleType:
     module, error = _loaded()
     if module is None:
         raise RuntimeError(f"fusedloss: {why_not()}") from error
-    return module
+    return importlib.import_module(f".{which}", __package__)
 
 
 def statistics(
@@ -150,3 +151,31 @@ def linear_statistics(
     states of statistics `across`, those of columns.
     """
     _launcher().linear_statistics(x, weight, tile, stats, states, keep, across, below)
+
+
+# --- GEMM and gradient in one ----------------------------------------------------------------------------------------
+
+
+def fuses_gradient(stats: Sequence[Statistic], across: Across | None, sums: Sums, tile: Tile) -> bool:
+    """Whether `linear_gradient` takes these: what `linear_statistics` takes, if it is not too much; any sums."""
+    return _launcher("triton_linear_gradient").fuses_gradient(stats, across)
+
+
+def linear_gradient(
+    x: Tensor,
+    weight: Tensor,
+    tile: Tile,
+    out: Tensor,
+    stats: Sequence[Statistic],
+    states: Sequence[Tensor],
+    coefficients: Sequence[Tensor],
+    sums: Sums,
+    across: Across | None = None,
+    visit_states: Sequence[Tensor] | None = None,
+) -> None:
+    """`gradient` of the scores x (n, D) @ weight (m, D)ᵀ, which are never in memory; `tile.data` is not read.
+
+    With `visit_states`, the scores are merged into them as by `statistics`; the slopes look at `states` as they were.
+    """
+    given = x, weight, tile, out, stats, states, coefficients, sums, across, visit_states
+    _launcher("triton_linear_gradient").linear_gradient(*given)
