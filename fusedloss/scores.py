@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -109,18 +109,7 @@ class Scores:
 
     def keeping(self, keep: Tensor | None) -> Scores:
         """The same scores where only some rows count; the others cost nothing."""
-        return Scores(
-            self.input,
-            self.weight,
-            self.bias,
-            self.class_scale,
-            self.class_shift,
-            self.softcap,
-            self.scale,
-            self.walk,
-            keep,
-            self.symmetric and keep is None,
-        )
+        return replace(self, keep=keep, symmetric=self.symmetric and keep is None)
 
     def adjusted(self, class_scale: Tensor | None = None, class_shift: Tensor | None = None) -> Scores:
         """Scores with class_scale_j · s_ij + class_shift_j in place of s_ij."""
@@ -130,16 +119,15 @@ class Scores:
             old_scale = class_scale if old_scale is None else old_scale * class_scale
         if class_shift is not None:
             old_shift = class_shift if old_shift is None else old_shift + class_shift
-        return Scores(
-            self.input, self.weight, self.bias, old_scale, old_shift, self.softcap, self.scale, self.walk, self.keep
-        )
+        return replace(self, class_scale=old_scale, class_shift=old_shift, symmetric=False)
 
     def at_columns(self, columns: Tensor) -> Scores:
         """Scores of the classes ``columns`` (k,) only, in that order; the others are not computed."""
-        vectors = (self.weight, self.bias, self.class_scale, self.class_shift)
-        picked = [None if v is None else v.index_select(0, columns) for v in vectors]
+        names = ("weight", "bias", "class_scale", "class_shift")
+        vectors = {name: getattr(self, name) for name in names}
+        picked = {name: None if v is None else v.index_select(0, columns) for name, v in vectors.items()}
         input = self.input.index_select(-1, columns) if self.weight is None else self.input
-        return Scores(input, *picked, self.softcap, self.scale, self.walk, self.keep)
+        return replace(self, input=input, symmetric=False, **picked)
 
     def reduce(self, *statistics: Statistic) -> object:
         """Statistics of every row, differentiable, in one pass over the scores.

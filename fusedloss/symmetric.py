@@ -18,15 +18,13 @@ from torch import Tensor
 from .backends.tile import Across, Sums, Tile
 from .memory import workspace
 from .plan import accumulation_dtype, divided_up, spans
-from .schedule import Gradients, corner, taking_across
+from .schedule import SOME_ROWS, Gradients, corner, taking_across
 from .statistics import Extreme, Score, Statistic
 from .stream import Stream, narrowed
 
 # Blocks to a side, where they are large enough: those on the diagonal save nothing.
 BLOCKS = 4
 LEAST_SIDE = 256
-# Rows of single scores that are looked at together.
-SOME_ROWS = 2048
 
 
 def _blocks(stream: Stream, budget: int | None) -> tuple[int, Iterator[tuple[slice, slice]]]:

@@ -159,7 +159,8 @@ _SHAPE_ONLY = ("sym_size", "ones_like", "zeros_like", "new_ones", "new_zeros", "
 
 
 def _uses(graph: torch.fx.Graph, inputs: int) -> bool:
-    """Whether the coefficients, all outputs but the first, are computed from what the first `inputs` inputs hold."""
+    """Whether the coefficients, all outputs but the first (the losses), are computed from what the first `inputs` inputs
+    hold; their shapes do not count."""
     values = {node for node, _ in zip((n for n in graph.nodes if n.op == "placeholder"), range(inputs))}
     (output,) = [node for node in graph.nodes if node.op == "output"]
     waiting, seen = [n for n in output.all_input_nodes if n is not output.args[0][0]], set()
