@@ -14,7 +14,7 @@ from .backends.tile import Tile
 from .checks import expect, fixed
 from .dense import DenseScores, dense_scores
 from .plan import Plan, Walk, plan
-from .relation import CLASSES, IDS, MATRIX, ROWS
+from .relation import IDS, MATRIX, ROWS
 from .statistics import Columns, Statistic
 
 
@@ -170,8 +170,8 @@ class Scores:
         for s in statistics:
             across = isinstance(s, Columns)
             rows, columns = self.sizes(across)
-            for field, role, t in s.tensors():
-                kind = f"{type(s.statistic if across else s).__name__}.{field}"
+            for carried, role, t in s.tensors():
+                kind = f"{type(s.statistic if across else s).__name__}.{carried}"
                 # Words are made for an error only: torch.compile would take the number in them for a constant.
                 if role == MATRIX:
                     wanted = (columns, rows) if across else (rows, columns)
@@ -181,7 +181,7 @@ class Scores:
                     wanted = rows if role == ROWS else columns
                     if t.dim() == 0 or t.shape[0] != wanted:
                         expect(False, name, kind, f"{wanted} entries", t)
-                if field in ("at", "columns", "where.without", "where.row_label", "where.column_label"):
+                if carried in ("at", "columns", "where.without", "where.row_label", "where.column_label"):
                     whole = not (t.is_floating_point() or t.is_complex())
                     expect(whole, name, kind, "integers", t.dtype, TypeError)
 
