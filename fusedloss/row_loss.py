@@ -20,6 +20,7 @@ STATISTICS = "float64"
 COMMON = """
     Common arguments:
         scores: logits (*leading, V), or `linear_scores(x, weight, …)`, whose score matrix is never stored.
+        target: (*leading) class indices; of the spherical losses also (*leading, K), whose losses are added.
         weight: (V,) class weights; row i counts weight[target_i] times.
         row_weight: (*leading) weights of the rows, differentiable.
         ignore_index: rows with this target count nothing, have loss 0 and gradient exactly 0, and cost no GEMM.
@@ -37,8 +38,12 @@ def row_factors(
     class_weight: Tensor | None,
     row_weight: Tensor | None,
     reduction: str,
+    counted: Tensor | None = None,
 ) -> Tensor:
-    """(N,) factors by which the row losses enter the result; for a mean they are divided by their own sum."""
+    """(N,) factors by which the row losses enter the result; for a mean they are divided by their own sum.
+
+    ``counted`` (N,): what rows count in that sum, where their losses are weighted already.
+    """
     rows = scores.leading.numel()
     factor = torch.ones(rows, dtype=scores.dtype, device=scores.input.device) if keep is None else keep.to(scores.dtype)
     if class_weight is not None:
@@ -46,10 +51,22 @@ def row_factors(
     if row_weight is not None:
         factor = factor * row_weight.reshape(-1).to(scores.dtype)
     if reduction == "mean":
-        total = scores.total(factor)
+        total = scores.total(factor if counted is None else factor * counted)
         # No row counts: the loss is 0, not 0/0 (torch returns NaN there), and a masked batch does no harm.
         factor = torch.where(total == 0, 0.0, factor / torch.where(total == 0, 1.0, total))
     return spoilt(factor, valid)
+
+
+def shares(keep: Tensor, class_weight: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Of K targets to a row, (N, K), what each counts; which rows have one; and what a row counts in a mean.
+
+    A row's loss is the sum over its targets, each times its class weight; in a mean it counts their mean weight.
+    """
+    share = keep.to(dtype)
+    if class_weight is not None:
+        share = share * class_weight.to(dtype)
+    there = share > 0
+    return share, there.any(1), share.sum(1) / there.sum(1).clamp(min=1)
 
 
 def evaluate(
@@ -106,8 +123,13 @@ def row_loss(function: Callable) -> Callable:
     What comes out takes logits or linear scores of any leading shape, with class and row weights, ignore_index and
     reduction, and runs forward and backward on every backend without storing the scores, in three GEMMs when it
     reduces once. A second `reduce` is one more pass, and the walk then recomputes the scores.
+
+    A function of ``(scores, target, share=None, …)`` takes several targets to a row too: target (N, K), and in ``share``
+    (N, K) what each of them counts, its class weight, or 0 where there is none.
     """
     parameters = list(inspect.signature(function).parameters.values())
+    several_allowed = any(p.name == "share" for p in parameters)
+    parameters = [p for p in parameters if p.name != "share"]
     per_row = [p.name for p in parameters[1:] if p.kind is not p.KEYWORD_ONLY]
     # An underscore marks the inner half of a loss that prepares its arguments first; its errors name the public half.
     # Of several inner halves, what follows two more underscores tells which.
@@ -125,12 +147,16 @@ def row_loss(function: Callable) -> Callable:
         unknown = [o for o in options if o not in known]
         if unknown:
             raise TypeError(f"{name}: got an unexpected keyword argument {unknown[0]!r}")
-        rows, keep, valid, class_weight = list(arguments), None, None, None
+        rows, keep, valid, class_weight, counted = list(arguments), None, None, None, None
         if per_row and per_row[0] == "target":
-            rows[0], keep, valid = checked_target(name, scores, rows[0], ignore_index)
+            several = several_allowed and rows[0].dim() == len(scores.leading) + 1
+            rows[0], keep, valid = checked_target(name, scores, rows[0], ignore_index, several)
             if weight is not None:
                 expect(weight.shape == (scores.columns,), name, "weight", f"({scores.columns},) class weights", weight)
                 class_weight = weight[rows[0]]
+            if several:
+                share, keep, counted = shares(keep, class_weight, scores.dtype)
+                rows[0], class_weight = torch.where(share > 0, rows[0], -1), None
         for number in range(0 if keep is None else 1, len(rows)):
             extra, given = len(scores.leading), rows[number]
             expect(
@@ -141,12 +167,14 @@ def row_loss(function: Callable) -> Callable:
                 given,
             )
             rows[number] = given.reshape(scores.leading.numel(), *given.shape[extra:])
+        if counted is not None:
+            rows.insert(1, share)
         if row_weight is not None:
             expect(row_weight.shape == scores.leading, name, "row_weight", f"shape {tuple(scores.leading)}", row_weight)
         options = {**defaults, **options}
         shared = {k: v for k, v in options.items() if isinstance(v, Tensor)}
         plain = {k: v for k, v in options.items() if not isinstance(v, Tensor)}
-        factor = row_factors(scores, keep, valid, class_weight, row_weight, reduction)
+        factor = row_factors(scores, keep, valid, class_weight, row_weight, reduction, counted)
         return evaluate(key, scores, keep, factor, rows, shared, plain, reduction)
 
     known = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}

@@ -23,17 +23,21 @@ def integral(target: Tensor) -> bool:
     return target.dtype in (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
-def checked_target(name: str, scores, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Flat int64 targets, safe to index with, and which rows count.
+def checked_target(
+    name: str, scores, target: Tensor, ignore_index: int, several: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Flat int64 targets (N,), safe to index with, and which of them count; (N, K) with `several` to a row.
 
     Third comes what losses are to be multiplied with: None on a CPU, where a target out of range raises; on a device a
     number that is 1, or NaN when a target is out of range.
     """
     expect(integral(target), name, "target", "an integer tensor of class indices", target.dtype, TypeError)
     shape = tuple(scores.leading)
-    expect(tuple(target.shape) == shape, name, "target", f"shape {shape} as the scores' rows", target)
+    rows = tuple(target.shape[:-1] if several else target.shape)
+    expect(rows == shape, name, "target", f"shape {shape} as the scores' rows{', and targets of each' * several}", target)
     safe, keep, valid = torch.ops.fusedloss.checked_target(target, scores.columns, ignore_index, name)
-    return safe.reshape(-1), keep.reshape(-1), None if target.device.type == "cpu" else valid
+    flat = (scores.leading.numel(), target.shape[-1]) if several else (-1,)
+    return safe.reshape(flat), keep.reshape(flat), None if target.device.type == "cpu" else valid
 
 
 def spoilt(values: Tensor, valid: Tensor | None) -> Tensor:

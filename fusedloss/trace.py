@@ -150,6 +150,8 @@ def _trace(function, names, options, rows, shared, columns, dtype, device) -> Pr
         ran = make_fx(run, tracing_mode="symbolic")(values, found, row_examples, shared_examples, factor)
     except TwoStages:
         return None
+    ran.graph.eliminate_dead_code()
+    ran.recompile()
     static = tuple(s.static() for s in stats)
     linear = all(s.stateless for s in stats) and not _uses(ran.graph, len(values))
     return Program(function, names, options, static, prepared, ran, linear)

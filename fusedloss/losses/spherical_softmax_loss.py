@@ -6,13 +6,24 @@ import torch
 from torch import Tensor
 
 from ..checks import check_number
-from ..relation import Rest
 from ..row_loss import row_loss
-from ..statistics import Count, Score, SumOfSquares
+from .centred import gather_centred, of_quotient
+
+
+def centred(hit, mean, squares, count, share, *, eps=0.01):
+    """(loss, α, t, γ) as in losses/centred.py. T = v + n (μ² + ε)."""
+    at = hit + mean.unsqueeze(1)
+    total = squares + count * (mean.square() + eps)
+    return of_quotient(at.square() + eps, 2 * at, total, 2 * count * mean, 1.0, share)
+
+
+def rank(scores: Tensor) -> Tensor:
+    """What classes are ranked by: |s|."""
+    return scores.abs()
 
 
 @row_loss
-def spherical_softmax_loss(scores, target, *, eps: float | Tensor = 0.01):
+def spherical_softmax_loss(scores, target, share=None, *, eps: float | Tensor = 0.01):
     """Log-spherical-softmax loss: L = −log((s_y² + ε) / Σ_j (s_j² + ε)).
 
     Alexandre de Brébisson and Pascal Vincent, "An Exploration of Softmax Alternatives Belonging to the Spherical Loss
@@ -24,9 +35,7 @@ def spherical_softmax_loss(scores, target, *, eps: float | Tensor = 0.01):
         eps: ε > 0, to be tuned (no official default); |∂L/∂s_y| ≤ 1/√ε.
     """
     check_number("spherical_softmax_loss", "eps", eps, 0, above=True)
-    others = Rest(target)
-    squares, count, hit = scores.reduce(SumOfSquares(where=others), Count(where=others), Score(target))
-    return torch.log1p((squares + count * eps) / (hit.square() + eps))
+    return centred(*gather_centred(scores, target, share), eps=eps)[0]
 
 
 def reference(logits: Tensor, target: Tensor, eps=0.01) -> Tensor:

@@ -8,16 +8,38 @@ from torch import Tensor
 from ..checks import check_number, expect
 from ..numerics import softplus
 from ..row_loss import row_loss
-from ..statistics import Moments, Score
+from .centred import gather_centred
+
+
+def centred(hit, mean, squares, count, share, *, a=1.0, b=0.0, eps=1e-6):
+    """(loss, α, t, γ) as in losses/centred.py; t ≡ 0, for a shift of all scores changes nothing."""
+    variance = squares / count
+    varied = variance > eps * eps
+    # Chosen before the root and the quotient: behind them, the NaN of a constant row would reach the gradient.
+    deviation = torch.where(varied, variance, 1.0).sqrt().unsqueeze(1)
+    zeta = torch.where(varied.unsqueeze(1), hit, 0.0) / deviation
+    slope = -share * torch.sigmoid(a * (b - zeta))
+    alpha = torch.where(varied.unsqueeze(1), slope / deviation, 0.0)
+    gamma = -(slope * zeta).sum(1) / (2 * torch.where(varied, squares, 1.0))
+    return (share * softplus(a * (b - zeta))).sum(1) / a, alpha, torch.zeros_like(gamma), gamma
+
+
+def rank(scores: Tensor) -> Tensor:
+    """What classes are ranked by: the scores."""
+    return scores
 
 
 @row_loss
-def spherical_z_loss(scores, target, *, a: float | Tensor = 1.0, b: float | Tensor = 0.0, eps: float | Tensor = 1e-6):
+def spherical_z_loss(
+    scores, target, share=None, *, a: float | Tensor = 1.0, b: float | Tensor = 0.0, eps: float | Tensor = 1e-6
+):
     """Spherical Z-loss: L = (1/a) softplus(a (b − ζ)), ζ = (s_y − μ) / σ, μ and σ the scores' mean and deviation.
 
     Alexandre de Brébisson and Pascal Vincent, "The Z-loss: a shift and scale invariant classification loss belonging to
     the Spherical Family", 2016, arXiv 1604.08859. Statistics are centred (Chan's rule), so nothing cancels where
-    |μ| ≫ σ. Needs V ≥ 2. |ζ| ≤ √(V − 1): tune a and b again when V changes.
+    |μ| ≫ σ. Needs V ≥ 2. |ζ| ≤ √(V − 1): tune a and b again when V changes. It is no likelihood, and not the "z-loss"
+    of PaLM (arXiv 2204.02311), λ lse(s)², which is added to a cross-entropy: that one is the argument ``z_loss`` of
+    `fusedloss.cross_entropy`.
 
         a: sharpness > 0. b: location.
         eps: a row with σ ≤ eps counts as constant: ζ = 0 and its gradient is 0. (The authors' code divides by
@@ -28,13 +50,7 @@ def spherical_z_loss(scores, target, *, a: float | Tensor = 1.0, b: float | Tens
     check_number(name, "a", a, 0, above=True)
     check_number(name, "b", b)
     check_number(name, "eps", eps, 0)
-    (count, mean, squares), hit = scores.reduce(Moments(), Score(target))
-    variance = squares / count.clamp(min=1)
-    varied = variance > eps * eps
-    # Chosen before the root and the quotient: behind them, the NaN of a constant row would reach the gradient.
-    away = torch.where(varied, hit - mean, 0.0)
-    zeta = away / torch.where(varied, variance, 1.0).sqrt()
-    return softplus(a * (b - zeta)) / a
+    return centred(*gather_centred(scores, target, share), a=a, b=b, eps=eps)[0]
 
 
 def reference(logits: Tensor, target: Tensor, a=1.0, b=0.0, eps=1e-6) -> Tensor:

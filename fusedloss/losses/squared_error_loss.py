@@ -6,14 +6,35 @@ import torch
 from torch import Tensor
 
 from ..checks import check_number
-from ..relation import Rest
 from ..row_loss import row_loss
-from ..statistics import Score, SumOfSquares
+from .centred import gather_centred, with_sums
+
+
+def centred(hit, mean, squares, count, share, *, value=1.0, k=1.0, mean_over_classes=True, columns=None):
+    """(loss, α, t, γ) as in losses/centred.py; 1 / V of `columns` scores, masked ones among them (None: of `count`)."""
+    at, there = hit + mean.unsqueeze(1), share > 0
+    over = ((count if columns is None else columns) if mean_over_classes else 1.0) * torch.ones_like(mean)
+    per_row = share.sum(1) / there.sum(1).clamp(min=1) / over  # targets of several weights share the other classes' term
+    share = share / over.unsqueeze(1)
+    loss = (share * (k * (at - value).square() - at.square())).sum(1) + per_row * (squares + count * mean.square())
+    alpha = 2 * share * (k * (at - value) - at)
+    return loss, alpha, with_sums(alpha, 2 * count * mean * per_row), per_row
+
+
+def rank(scores: Tensor) -> Tensor:
+    """What classes are ranked by: the scores."""
+    return scores
 
 
 @row_loss
 def squared_error_loss(
-    scores, target, *, value: float | Tensor = 1.0, k: float | Tensor = 1.0, mean_over_classes: bool = True
+    scores,
+    target,
+    share=None,
+    *,
+    value: float | Tensor = 1.0,
+    k: float | Tensor = 1.0,
+    mean_over_classes: bool = True,
 ):
     """Squared error: L = (1 / V) [k (s_y − M)² + Σ_{j≠y} s_j²], M = `value`.
 
@@ -26,9 +47,8 @@ def squared_error_loss(
     """
     check_number("squared_error_loss", "value", value)
     check_number("squared_error_loss", "k", k, 0)
-    hit, others = scores.reduce(Score(target), SumOfSquares(where=Rest(target)))
-    loss = k * (hit - value).square() + others
-    return loss / scores.columns if mean_over_classes else loss
+    found = gather_centred(scores, target, share)
+    return centred(*found, value=value, k=k, mean_over_classes=mean_over_classes, columns=scores.columns)[0]
 
 
 def reference(logits: Tensor, target: Tensor, value=1.0, k=1.0, mean_over_classes=True) -> Tensor:
