@@ -7,10 +7,10 @@ from torch import Tensor
 
 from ..checks import check_number
 from ..row_loss import row_loss
-from .centred import gather_centred, of_quotient
+from .centred import Centred, gather_centred, of_quotient
 
 
-def centred(hit, mean, squares, count, share, *, eps=0.01):
+def centred(hit, mean, squares, count, share, *, eps=0.01) -> Centred:
     """(loss, α, t, γ) as in losses/centred.py. T = v + n (μ² + ε)."""
     at = hit + mean.unsqueeze(1)
     total = squares + count * (mean.square() + eps)

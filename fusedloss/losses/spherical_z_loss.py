@@ -8,10 +8,10 @@ from torch import Tensor
 from ..checks import check_number, expect
 from ..numerics import softplus
 from ..row_loss import row_loss
-from .centred import gather_centred
+from .centred import Centred, gather_centred
 
 
-def centred(hit, mean, squares, count, share, *, a=1.0, b=0.0, eps=1e-6):
+def centred(hit, mean, squares, count, share, *, a=1.0, b=0.0, eps=1e-6) -> Centred:
     """(loss, α, t, γ) as in losses/centred.py; t ≡ 0, for a shift of all scores changes nothing."""
     variance = squares / count
     varied = variance > eps * eps
@@ -21,7 +21,7 @@ def centred(hit, mean, squares, count, share, *, a=1.0, b=0.0, eps=1e-6):
     slope = -share * torch.sigmoid(a * (b - zeta))
     alpha = torch.where(varied.unsqueeze(1), slope / deviation, 0.0)
     gamma = -(slope * zeta).sum(1) / (2 * torch.where(varied, squares, 1.0))
-    return (share * softplus(a * (b - zeta))).sum(1) / a, alpha, torch.zeros_like(gamma), gamma
+    return Centred((share * softplus(a * (b - zeta))).sum(1) / a, alpha, torch.zeros_like(gamma), gamma)
 
 
 def rank(scores: Tensor) -> Tensor:

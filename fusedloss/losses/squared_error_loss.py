@@ -7,10 +7,12 @@ from torch import Tensor
 
 from ..checks import check_number
 from ..row_loss import row_loss
-from .centred import gather_centred, with_sums
+from .centred import Centred, gather_centred
 
 
-def centred(hit, mean, squares, count, share, *, value=1.0, k=1.0, mean_over_classes=True, columns=None):
+def centred(
+    hit, mean, squares, count, share, *, value=1.0, k=1.0, mean_over_classes=True, columns=None
+) -> Centred:
     """(loss, α, t, γ) as in losses/centred.py; 1 / V of `columns` scores, masked ones among them (None: of `count`)."""
     at, there = hit + mean.unsqueeze(1), share > 0
     over = ((count if columns is None else columns) if mean_over_classes else 1.0) * torch.ones_like(mean)
@@ -18,7 +20,7 @@ def centred(hit, mean, squares, count, share, *, value=1.0, k=1.0, mean_over_cla
     share = share / over.unsqueeze(1)
     loss = (share * (k * (at - value).square() - at.square())).sum(1) + per_row * (squares + count * mean.square())
     alpha = 2 * share * (k * (at - value) - at)
-    return loss, alpha, with_sums(alpha, 2 * count * mean * per_row), per_row
+    return Centred(loss, alpha, alpha.sum(1) + 2 * count * mean * per_row, per_row)
 
 
 def rank(scores: Tensor) -> Tensor:

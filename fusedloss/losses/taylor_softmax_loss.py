@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..row_loss import row_loss
-from .centred import gather_centred, of_quotient
+from .centred import Centred, gather_centred, of_quotient
 
 
 def _taylor(s: Tensor) -> Tensor:
@@ -14,7 +14,7 @@ def _taylor(s: Tensor) -> Tensor:
     return ((1 + s).square() + 1) / 2
 
 
-def centred(hit, mean, squares, count, share):
+def centred(hit, mean, squares, count, share) -> Centred:
     """(loss, α, t, γ) as in losses/centred.py. T = n f(μ) + v / 2 is a sum of positive terms."""
     at = hit + mean.unsqueeze(1)
     total = count * _taylor(mean) + squares / 2

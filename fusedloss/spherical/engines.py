@@ -1,0 +1,13 @@
+"""Who computes the steps of a factored layer: each engine has `visit`, `backward` and `step` as steps.py means them."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from . import steps
+from .factors import Factors
+
+
+def engine(f: Factors) -> ModuleType:
+    """The fastest one for where the factors lie."""
+    return steps

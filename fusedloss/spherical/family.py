@@ -1,0 +1,43 @@
+"""The losses whose layer need not see its classes, as the spherical layers use them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..checks import expect
+from ..losses import spherical_softmax_loss, spherical_z_loss, squared_error_loss, taylor_softmax_loss
+from ..losses.centred import Centred
+from ..nn.loss import Loss
+
+MEMBERS = (squared_error_loss, spherical_softmax_loss, taylor_softmax_loss, spherical_z_loss)
+_COMMON = ("weight", "ignore_index", "reduction")
+
+
+@dataclass(frozen=True)
+class Member:
+    """One of MEMBERS with its hyperparameters, all of them plain numbers."""
+
+    name: str
+    of: Callable[..., Centred]  # its file's `centred`
+    rank: Callable[[Tensor], Tensor]
+    options: tuple[tuple[str, float | bool], ...]
+
+    def centred(self, hit: Tensor, mean: Tensor, squares: Tensor, count: int, share: Tensor) -> Centred:
+        return self.of(hit, mean, squares, count, share, **dict(self.options))
+
+
+def member(caller: str, loss: Loss) -> Member:
+    """What the module of a spherical loss stands for; `weight`, `ignore_index` and `reduction` stay with the module."""
+    module = sys.modules[loss.function.__module__] if isinstance(loss, Loss) else None
+    names = ", ".join("".join(part.capitalize() for part in name.__name__.split(".")[-1].split("_")) for name in MEMBERS)
+    expect(module in MEMBERS, caller, "loss", f"one of fusedloss.nn's {names}", type(loss).__name__, TypeError)
+    options = {name: getattr(loss, name) for name in loss.names if name not in _COMMON}
+    for name, value in options.items():
+        expect(not isinstance(value, Tensor), caller, name, "a number", value, TypeError)
+    loss.function(torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64), **options)  # it checks them
+    return Member(module.__name__.rpartition(".")[2], module.centred, module.rank, tuple(options.items()))
