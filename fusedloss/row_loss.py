@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import autograd, trace
-from .checks import check_reduction, expect, fixed
+from .checks import check_reduction, expect
 from .scores import Scores, as_scores
 from .targets import checked_target, spoilt
 
@@ -81,17 +81,13 @@ def evaluate(
 ) -> Tensor:
     """Reduce the row loss registered as `name`: eagerly where it separates over row chunks, else by recomputation."""
     scores = scores.keeping(keep)
-    names, tensors = tuple(shared), list(shared.values())
+    tensors = list(shared.values())
     streams = scores.streams()
     trained = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in streams])
     constant = not any([t.requires_grad for t in [*rows, *tensors]])
     if reduction != "none" and trained and constant and scores.separable:
-        kinds = tuple([(str(t.dtype)[6:], tuple([fixed(d) for d in t.shape[1:]])) for t in rows])
-        shared_kinds = tuple([(str(t.dtype)[6:], tuple([fixed(d) for d in t.shape])) for t in tensors])
-        known = tuple([(k, fixed(v)) for k, v in options.items()])
-        columns, device = fixed(scores.columns), str(scores.input.device)
-        key = trace.program_key(name, names, known, kinds, shared_kinds, columns, STATISTICS, device)
-        if key is not None:
+        key = trace.find(name, scores, rows, shared, options, STATISTICS)
+        if key:
             return autograd.weighted_total(scores.spec((), key), streams, keep, factor, rows, tensors)
     losses = trace.FUNCTIONS[name](scores, *rows, **shared, **options)
     if keep is not None:  # before the factor: an ignored row's loss may be inf or NaN, and would reach ∂/∂factor

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from .checks import fixed
 from .statistics import Columns, Statistic, build
 
 FUNCTIONS: dict[str, Callable] = {}  # row losses by unique name
-PROGRAMS: dict[str, Program] = {}
+PROGRAMS: dict[str, Program | type | None] = {}
 
 
 class _Recorded(Exception):
@@ -29,9 +30,15 @@ class _Recorded(Exception):
 class Recorder:
     """Stands in for `Scores` while a loss is traced: it notes what is asked for, or plays given values back."""
 
-    def __init__(self, columns: int, values: Sequence[Tensor] | None = None, found: Sequence[Tensor | None] = ()):
-        self.columns = columns
+    def __init__(self, columns: int | None, values: Sequence[Tensor] | None = None, found: Sequence[Tensor | None] = ()):
+        self._columns = columns
         self._values, self._found, self._reduced = values, found, False
+
+    @property
+    def columns(self) -> int:
+        if self._columns is None:
+            raise OfColumns
+        return self._columns
 
     def reduce(self, *stats: Statistic) -> object:
         if self._values is None:
@@ -41,6 +48,10 @@ class Recorder:
         self._reduced = True
         shown = [s.present(v, c) for s, v, c in zip(stats, self._values, self._found)]
         return shown[0] if len(shown) == 1 else shown
+
+
+class OfColumns(Exception):
+    """The loss depends on the number of columns: it is traced for each."""
 
 
 class TwoStages(Exception):
@@ -92,18 +103,53 @@ def _without_saved_tensor_hooks() -> Iterator[None]:
             hooks._push_saved_tensors_default_hooks(*pair)
 
 
+COLUMNS = -1  # in the place of a length: as many as there are columns
+
+
+def find(
+    name: str, scores: object, rows: Sequence[Tensor], shared: dict[str, Tensor], options: dict[str, object], dtype: str
+) -> str:
+    """Where in PROGRAMS the loss `name` stands, traced for such arguments; "" when it takes two stages, or columns.
+
+    One program serves any number of columns, unless the loss depends on it.
+    """
+    known = tuple([(k, fixed(v)) for k, v in options.items()])
+    kinds = tuple([_kind(t.dtype, t.shape[1:], None) for t in rows])
+
+    def key(alike: int | None, columns: int | None) -> str | None:
+        shared_kinds = tuple([_kind(t.dtype, t.shape, alike) for t in shared.values()])
+        device = str(scores.input.device)
+        return program_key(name, tuple(shared), known, kinds, shared_kinds, columns, dtype, device)
+
+    found = key(scores.columns, None)
+    return key(None, fixed(scores.columns)) if found is None else found
+
+
+def _kind(dtype: torch.dtype, shape: Sequence[int], columns: int | None) -> tuple[str, tuple[int, ...]]:
+    """Type and lengths of a tensor; COLUMNS stands for a length of so many."""
+    return str(dtype)[6:], tuple([COLUMNS if d == columns else fixed(d) for d in shape])
+
+
 @torch.compiler.assume_constant_result
 def program_key(
-    name: str, names: tuple, options: tuple, rows: tuple, shared: tuple, columns: int, dtype: str, device: str
+    name: str, names: tuple, options: tuple, rows: tuple, shared: tuple, columns: int | None, dtype: str, device: str
 ) -> str | None:
-    """Trace the loss `name` for these options and kinds of arguments, once. None when it takes two stages, or columns."""
+    """Trace the loss `name` for these options and kinds of arguments, once, and say where it is in PROGRAMS.
+
+    "" when it takes two stages, or columns. `columns` None: for any number of them; None when the loss depends on it.
+    """
     key = repr((name, names, options, rows, shared, columns, dtype, device))
     if key not in PROGRAMS:
-        with torch.enable_grad(), _without_saved_tensor_hooks():
-            PROGRAMS[key] = _trace(
-                FUNCTIONS[name], names, options, rows, shared, columns, getattr(torch, dtype), device
-            )
-    return None if PROGRAMS[key] is None else key
+        try:
+            with torch.enable_grad(), _without_saved_tensor_hooks():
+                PROGRAMS[key] = _trace(
+                    FUNCTIONS[name], names, options, rows, shared, columns, getattr(torch, dtype), device
+                )
+        except OfColumns:
+            PROGRAMS[key] = OfColumns
+    if PROGRAMS[key] is OfColumns:
+        return None
+    return "" if PROGRAMS[key] is None else key
 
 
 def _row_count(lengths: set[int]) -> int:
@@ -113,6 +159,10 @@ def _row_count(lengths: set[int]) -> int:
 
 def _trace(function, names, options, rows, shared, columns, dtype, device) -> Program | None:
     lengths = {columns, *(length for _, shape in (*rows, *shared) for length in shape)}
+    if columns is None:  # a length like no other, so that it has a symbol of its own
+        length = max(31, 1 + max(filter(None, lengths), default=0))
+        shared = [(kind, tuple(length if d == COLUMNS else d for d in shape)) for kind, shape in shared]
+        lengths.add(length)
     row_examples = [_example(kind, _row_count(lengths), device) for kind in rows]
     shared_examples = [_example(kind, None, device) for kind in shared]
 
@@ -150,6 +200,8 @@ def _trace(function, names, options, rows, shared, columns, dtype, device) -> Pr
         ran = make_fx(run, tracing_mode="symbolic")(values, found, row_examples, shared_examples, factor)
     except TwoStages:
         return None
+    if columns is None and (prepared.shape_env.guards or ran.shape_env.guards):  # it looked at some length
+        raise OfColumns
     ran.graph.eliminate_dead_code()
     ran.recompile()
     static = tuple(s.static() for s in stats)

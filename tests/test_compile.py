@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fusedloss
-from fusedloss import cross_entropy, linear_cross_entropy, linear_scores, logits_scores, similarity_scores
+from fusedloss import cross_entropy, linear_cross_entropy, linear_scores, logits_scores, similarity_scores, trace
 from fusedloss.losses.squentropy import reference as squentropy_reference
 from fusedloss.statistics import Columns, Expectation, LogSumExp, Max, Score, SumOf
 from fusedloss.targets import checked_target
@@ -116,6 +116,32 @@ def test_twelve_batch_sizes_compile_at_most_twice(name):
         torch.testing.assert_close(loss, CALLS[name](x, w, target))
         assert x.grad.shape == x.shape
     assert counter.frame_count <= 2
+
+
+def grouped(x, y):
+    row, column = torch.arange(len(x)) // 2, torch.arange(len(y)) // 2
+    return fusedloss.info_nce_loss(fusedloss.similarity_scores(x, y), row_group=row, column_group=column)
+
+
+PAIRS = {
+    "sigmoid": lambda x, y: fusedloss.sigmoid_loss(fusedloss.similarity_scores(x, y, scale=10.0)),
+    "info_nce": lambda x, y: fusedloss.info_nce_loss(fusedloss.similarity_scores(x, y)),
+    "info_nce of groups": grouped,
+    "clip": lambda x, y: fusedloss.clip_loss(fusedloss.similarity_scores(x, y)),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_twelve_sizes_of_a_batch_of_pairs_compile_at_most_twice(name):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(PAIRS[name], fullgraph=True, backend=counter)
+    traced = len(trace.PROGRAMS)
+    for n in [12, 9, 30, 6, 15, 21, 3, 18, 27, 24, 33, 36]:
+        x, y = (torch.randn(n, 4, requires_grad=True) for _ in range(2))
+        found, wanted = compiled(x, y), PAIRS[name](x, y)
+        torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(torch.autograd.grad(found, (x, y)), torch.autograd.grad(wanted, (x, y)))
+    assert counter.frame_count <= 2 and len(trace.PROGRAMS) <= traced + 1
 
 
 @pytest.mark.parametrize("option", ["z_loss", "label_smoothing", "temperature", "softcap"])

@@ -60,7 +60,8 @@ def labels(name: str, scores: Scores, kind: str, rows: Tensor, columns: Tensor |
         expect(isinstance(values, Tensor), name, argument, "an integer tensor", values, TypeError)
         whole = not (values.is_floating_point() or values.is_complex())
         expect(whole, name, argument, "integers", values.dtype, TypeError)
-        expect(values.shape == (count,), name, argument, f"shape ({count},)", values)
+        if values.shape != (count,):  # to say the number would make it a constant under torch.compile
+            expect(False, name, argument, f"shape ({count},)", values)
     return rows.long(), scores.of_columns(columns.long())
 
 
