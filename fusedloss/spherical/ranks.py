@@ -1,7 +1,7 @@
 """The factored layer of several ranks: replicas that all take the step of the batch of all ranks.
 
-What travels is features and coefficients, m · d numbers, instead of a gradient of n · d. All else of a batch is computed
-again from them, by every rank in the same way, so that replicas which began alike stay so, bit for bit.
+What travels is features and coefficients, m · d numbers, instead of a gradient of n · d. All else of a batch is
+computed again from them, by every rank in the same way, so that replicas which began alike stay so, bit for bit.
 """
 
 from __future__ import annotations
