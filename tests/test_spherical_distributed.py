@@ -12,9 +12,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 from fusedloss import nn
-from fusedloss.spherical import ranks, steps
+from fusedloss.spherical import FactoredLinear, ranks, steps
 from fusedloss.spherical.factors import Factors
 from fusedloss.spherical.family import member
 
@@ -59,7 +62,66 @@ LOSSES = {
 }
 
 
-# --- checks, run by every rank in step: communication first, assertions last -------------------------------------------
+# --- models, and what they should do --------------------------------------------------------------------------------
+
+
+class Model(torch.nn.Module):
+    """A trunk and the head; ranks begin differently."""
+
+    def __init__(self, loss, **options):
+        super().__init__()
+        torch.manual_seed(10 + rank())
+        self.trunk = torch.nn.Linear(5, D, dtype=torch.float64)
+        self.head = FactoredLinear(D, N, loss, process_group=GROUP, dtype=torch.float64, **options)
+        self.head.load_dense(torch.randn(N, D).double() + 0.3)
+
+    def forward(self, x, target):
+        return self.head(torch.tanh(self.trunk(x)), target)
+
+
+def weight(head):
+    return head.rows(torch.arange(N)).detach()
+
+
+def replicated(model):
+    return DistributedDataParallel(model, process_group=GROUP)
+
+
+def sharded(model):
+    return fully_shard(model, mesh=DeviceMesh.from_group(GROUP, "cpu"))
+
+
+def whole(parameter):
+    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+
+
+class Dense:
+    """One process with the parts of all ranks: the average of their losses, autograd and torch.optim.SGD."""
+
+    def __init__(self, model, loss, lr, **options):
+        self.loss, self.trunk = loss, [whole(p).detach().clone().requires_grad_() for p in model.trunk.parameters()]
+        self.w = weight(model.head).clone().requires_grad_()
+        self.optimizers = [torch.optim.SGD(self.trunk, lr), torch.optim.SGD([self.w], lr, **options)]
+
+    def backward(self, x, target, sizes):
+        hidden = torch.tanh(torch.nn.functional.linear(x, *self.trunk))
+        parts = zip((hidden @ self.w.t()).split(sizes), target.split(sizes))
+        sum(self.loss(scores, c) for scores, c in parts if len(c)).div(len(sizes)).backward()
+
+    def step(self, max_norm=None):
+        if max_norm is not None:
+            torch.nn.utils.clip_grad_norm_([self.w], max_norm)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def data(sizes):
+    x = torch.randn(sum(sizes), 5, dtype=torch.float64)
+    return x, torch.randint(0, N, (sum(sizes),))
+
+
+# --- checks, run by every rank in step: communication first, assertions last ------------------------------------------
 
 
 def visited(f, h, target, share, loss):
@@ -94,6 +156,63 @@ def check_steps(name, sizes):
     wrong = {k: v for k, v in wrong.items() if not v <= 1e-13}
     assert not wrong, wrong
     assert same
+
+
+def train(wrap, sizes, loss, *, micro=1, momentum=0.0, nesterov=False, decay=0.0, max_norm=None, lr=0.1, count=10):
+    """Steps of the model, and of one process: the relative errors of the trunk and of W."""
+    model = Model(loss, momentum=momentum, nesterov=nesterov)
+    wrapped = wrap(model)
+    truth = Dense(model, loss, lr, momentum=momentum, nesterov=nesterov, weight_decay=decay)
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr)
+    torch.manual_seed(5)  # the same data on every rank
+    norms = []
+    for _ in range(count):
+        for number in range(micro):
+            x, target = data(sizes)
+            if wrap is replicated:
+                wrapped.require_backward_grad_sync = number == micro - 1  # what no_sync does
+            wrapped(x[mine(sizes)], target[mine(sizes)]).backward()
+            truth.backward(x, target, sizes)
+        norms.append(relative(model.head.grad_norm(), truth.w.grad.norm()))
+        optimizer.step()
+        optimizer.zero_grad()
+        assert model.head.step(lr, weight_decay=decay, max_norm=max_norm)
+        truth.step(max_norm)
+    errors = {name: relative(whole(p), q) for (name, p), q in zip(model.trunk.named_parameters(), truth.trunk)}
+    errors |= {"w": relative(weight(model.head), truth.w), "norm": max(norms)}
+    wrong = {name: error for name, error in errors.items() if not error <= 1e-12}
+    same = same_everywhere(weight(model.head))
+    assert not wrong, wrong
+    assert same
+
+
+def check_training(name, sizes):
+    train(replicated, sizes, LOSSES[name], lr=0.1 if name != "squared" else 0.01)
+
+
+def check_sum(sizes):
+    train(replicated, sizes, nn.SphericalZLoss(reduction="sum"))
+
+
+def check_decay(sizes):
+    train(replicated, sizes, LOSSES["z"], decay=0.1)
+
+
+def check_accumulation(sizes):
+    train(replicated, sizes, LOSSES["z"], micro=3)
+
+
+def check_momentum(sizes):
+    train(replicated, sizes, LOSSES["z"], momentum=0.9, nesterov=True, decay=0.1)
+
+
+def check_clipping(sizes):
+    train(replicated, sizes, LOSSES["taylor"], max_norm=0.05)
+
+
+def check_sharded(sizes):
+    """FSDP shards the trunk, and leaves the head alone."""
+    train(sharded, sizes, LOSSES["z"], decay=0.1)
 
 
 def check_nobody():
