@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import fields, replace
 from math import isfinite, sqrt
 
@@ -11,7 +12,7 @@ from torch.nn.functional import pad
 
 from .. import nn
 from ..checks import check_constant, expect
-from . import evaluation
+from . import evaluation, ranks
 from .engines import engine
 from .exact import exact
 from .factors import Factors, rebalance
@@ -53,7 +54,9 @@ class FactoredLinear(torch.nn.Module):
             learning rate.
         momentum, nesterov: as in torch.optim.SGD (P is then twice as large).
         condition_limit: U is mended by a pass over P when ‖U‖ ‖U⁻¹‖ / d exceeds it; `rebalances` counts these passes.
-        process_group: ranks that hold the same W and each see some of the examples.
+        process_group: ranks that hold the same W and each see some of the examples: W starts as the first rank's, and
+            `step` takes the gradients' average over the ranks, as DistributedDataParallel does. All of them have to
+            call the constructor, `load_dense`, `grad_norm` and `step`. None: each process is on its own.
         device, dtype: of P; float32 or float64. U, δ, m̄ and the Gram matrix are float64.
 
     The weight starts as that of torch.nn.Linear; `load_dense` takes another. SphericalSoftmaxLoss never trains a weight
@@ -102,8 +105,14 @@ class FactoredLinear(torch.nn.Module):
         p[:, :in_features].uniform_(-bound, bound)
         p[:, in_features : self._width].uniform_(-bound / bias_scale, bound / bias_scale)
         p[:, self._width :] = 0
+        self._begin(p)
+
+    def _begin(self, p: Tensor) -> None:
+        """With W = p, of the first rank."""
         with exact(p.device):
             self.factors = Factors.of(p)
+        if self.process_group is not None:
+            ranks.broadcast(NAME, self.factors, self.process_group)
 
     # --- what it is ----------------------------------------------------------------------------------------------------
 
@@ -176,10 +185,13 @@ class FactoredLinear(torch.nn.Module):
 
     def _queued(self) -> Batch | None:
         """All that is queued, on all ranks, as one batch."""
-        if not self._queue.batches:
-            return None
-        self._queue.batches[:] = [Batch.join(self._queue.batches)]
-        return self._queue.batches[0]
+        batches = self._queue.batches
+        if self.process_group is not None:
+            with exact(self.factors.p.device):
+                batches[:] = ranks.gather(NAME, self.factors, batches, self.process_group, self._width)
+        elif batches:
+            batches[:] = [Batch.join(batches)]
+        return batches[0] if batches else None
 
     @torch.no_grad()
     def grad_norm(self) -> Tensor:
@@ -271,8 +283,7 @@ class FactoredLinear(torch.nn.Module):
         p[:, self.in_features :] = 0
         if bias is not None:
             p[:, self.in_features] = bias.to(p) / self.bias_scale
-        with exact(p.device):
-            self.factors = Factors.of(p)
+        self._begin(p)
         self._queue.changed()
 
     @torch.no_grad()
@@ -332,6 +343,12 @@ class FactoredLinear(torch.nn.Module):
                     getattr(self.factors, name).copy_(value)
                 self.factors.inverse.copy_(torch.linalg.inv(self.factors.u))
             self._queue.changed()
+
+    def __deepcopy__(self, memo):
+        memo[id(self.process_group)] = self.process_group  # cannot be copied
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__setstate__(deepcopy(self.__getstate__(), memo))
+        return copied
 
     def __getstate__(self):
         return {**self.__dict__, "_queue": Queue()}
