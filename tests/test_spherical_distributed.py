@@ -146,8 +146,8 @@ def check_steps(name, sizes):
         who = torch.cat([torch.full((size,), r) for r, size in enumerate(sizes)])
         share = (torch.arange(world()) <= who.unsqueeze(1)).double()  # rank r has r + 1 targets
         part, wide = mine(sizes), rank() + 1
-        batches = [visited(f, h[part], target[part, :wide], share[part, :wide], loss)] if sizes[rank()] else []
-        (batch,) = ranks.gather("test", f, batches, GROUP, D)
+        batch = visited(f, h[part], target[part, :wide], share[part, :wide], loss) if sizes[rank()] else None
+        batch = ranks.gather("test", f, batch, GROUP)
         truth = visited(whole, h, target, share, loss).scaled(1 / world())
         wrong[number, "norm"] = relative(steps.squared_norm(f, batch), steps.squared_norm(whole, truth))
         steps.step(f, batch, 0.05, 0.1)

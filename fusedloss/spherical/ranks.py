@@ -28,38 +28,29 @@ def broadcast(caller: str, f: Factors, group: dist.ProcessGroup) -> None:
         dist.broadcast(getattr(f, name), first, group=group)
 
 
-class Shared(Batch):
-    """A batch of all ranks."""
+def gather(
+    caller: str, f: Factors, batch: Batch | None, group: dist.ProcessGroup, width: int | None = None
+) -> Batch | None:
+    """The batch of all ranks, in their order, of the average of their losses; None where no rank has one.
 
-
-def gather(caller: str, f: Factors, batches: list[Batch], group: dist.ProcessGroup, width: int) -> list[Batch]:
-    """What is queued on all ranks, as one `Shared` batch in a list, or none: the gradient of the average of their losses.
-
-    All ranks have to call it, those with nothing queued too; ranks may hold any number of rows, and of targets to a row.
-    Batches that are `Shared` already do not travel again, nor do features from column `width` on: they are 0.
+    All ranks have to call it, those without a batch too. Ranks may hold any number of rows, and of targets to a row.
+    Features from column `width` on are 0, and do not travel.
     """
-    mine = [batch for batch in batches if not isinstance(batch, Shared)]
-    found = _gathered(caller, f, Batch.join(mine) if mine else None, group, width)
-    shared = [batch for batch in batches if isinstance(batch, Shared)] + found
-    return [Shared(**vars(Batch.join(shared)))] if shared else []
-
-
-def _gathered(caller: str, f: Factors, batch: Batch | None, group: dist.ProcessGroup, width: int) -> list[Batch]:
     rows, targets = (0, 0) if batch is None else batch.target.shape
     ranks = meet(caller, group, f.p.device, (rows, targets), {})
     if not any(ranks.rows):
-        return []
+        return None
     wide = f.p.new_empty(0, max(ranks.columns), dtype=F64)
     like = [f.p[:0, :width], wide.to(torch.int64), wide, wide.sum(1), wide.sum(1)]
     mine = like if batch is None else _sent(batch, width, wide.shape[1])
     everybody = gathered(group, torch.cat([bytes_of(part) for part in mine], 1), ranks.rows)
     pieces = everybody.split([row_bytes(part) for part in like], 1)
     h, target, *coefficients = [from_bytes(piece, part) for piece, part in zip(pieces, like)]
-    h = pad(h, (0, f.p.shape[1] - width))
-    return [Batch.of(f, h, target, *[part / ranks.size for part in coefficients])]
+    h = pad(h, (0, f.p.shape[1] - h.shape[1]))
+    return Batch.of(f, h, target, *[part / ranks.size for part in coefficients])
 
 
-def _sent(b: Batch, width: int, targets: int) -> list[Tensor]:
+def _sent(b: Batch, width: int | None, targets: int) -> list[Tensor]:
     """Targets are filled up with α = 0."""
     more = (0, targets - b.target.shape[1])
     return [b.h[:, :width], pad(b.target, more), pad(b.alpha, more), b.t, b.gamma]
