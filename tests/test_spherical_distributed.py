@@ -4,6 +4,7 @@ All checks run in one set of three processes, the first two of which are a group
 of its own here.
 """
 
+import copy
 import datetime
 import multiprocessing
 import traceback
@@ -179,7 +180,7 @@ def train(wrap, sizes, loss, *, micro=1, momentum=0.0, nesterov=False, decay=0.0
         assert model.head.step(lr, weight_decay=decay, max_norm=max_norm)
         truth.step(max_norm)
     errors = {name: relative(whole(p), q) for (name, p), q in zip(model.trunk.named_parameters(), truth.trunk)}
-    errors |= {"w": relative(weight(model.head), truth.w), "norm": max(norms)}
+    errors |= {"w": relative(weight(model.head), truth.w), "norm": torch.tensor(norms).max().item()}
     wrong = {name: error for name, error in errors.items() if not error <= 1e-12}
     same = same_everywhere(weight(model.head))
     assert not wrong, wrong
@@ -217,7 +218,125 @@ def check_sharded(sizes):
 
 def check_nobody():
     """No rank has a batch."""
-    assert ranks.gather("test", Factors.of(torch.randn(N, D)), None, GROUP) is None
+    model = Model(LOSSES["z"])
+    before = weight(model.head)
+    norm, stepped = model.head.grad_norm(), model.head.step(0.1, 0.1)
+    assert norm == 0 and stepped
+    assert torch.equal(before, weight(model.head))
+
+
+def check_left_alone():
+    """DistributedDataParallel sends nothing of the head: it has no parameters or buffers, and stays what it is."""
+    model = Model(LOSSES["z"])
+    kept = {"head." + name: tuple(value.shape) for name, value in model.head.state_dict().items()}
+    wrapped = replicated(model)
+    trunk = 8 * (5 * D + D)
+    found = {
+        "head": [*model.head.parameters(), *model.head.buffers()] == [],
+        "bytes": wrapped._get_ddp_logging_data()["total_parameter_size_bytes"] == trunk,
+        "state": {name for name in model.state_dict() if name.startswith("head.")} == set(kept),
+        "p": kept["head.p"] == (N, D),
+    }
+    model.head.factors.p.add_(rank())
+    ours = model.head.factors.p.clone()
+    wrapped(torch.randn(3, 5).double(), torch.arange(3)).backward()
+    found["forward"] = torch.equal(ours, model.head.factors.p)
+    assert all(found.values()), found
+
+
+def check_once():
+    """Features are gathered once, however often they are asked for; a later backward brings only its own."""
+    sent, real = [], ranks.gathered
+
+    def counted(group, tensor, counts):
+        sent.append(tuple(counts))
+        return real(group, tensor, counts)
+
+    model, once = Model(LOSSES["z"]), Model(LOSSES["z"])
+    torch.manual_seed(rank())
+    parts = [data([3]) for _ in range(2)]
+    ranks.gathered = counted
+    try:
+        model(*parts[0]).backward()
+        norms = [model.head.grad_norm(), model.head.grad_norm()]
+        model.head.rebalance()  # the queue stays what it is
+        norms.append(model.head.grad_norm())
+        first = len(sent)
+        if rank() == 1:
+            model(*parts[1]).backward()
+        model.head.step(0.1, max_norm=10.0)
+    finally:
+        ranks.gathered = real
+    once(*parts[0]).backward()
+    if rank() == 1:
+        once(*parts[1]).backward()
+    once.head.step(0.1)
+    assert norms[0] == norms[1] and abs(norms[2] / norms[0] - 1) < 1e-12
+    assert first == 1 and sent == [(3,) * world(), tuple(3 * (r == 1) for r in range(world()))]
+    assert relative(weight(model.head), weight(once.head)) < 1e-12
+
+
+def check_bits(sizes):
+    """float32, and U mended often: by all ranks at the same steps."""
+    head = FactoredLinear(D, N, LOSSES["squared"], bias=True, condition_limit=1.1, process_group=GROUP)
+    torch.manual_seed(5)
+    for _ in range(30):
+        h, target = torch.randn(sum(sizes), D), torch.randint(0, N, (sum(sizes),))
+        head(h[mine(sizes)], target[mine(sizes)]).backward()
+        head.step(3.0)
+    f = head.factors
+    same = same_everywhere(f.p, f.u, f.inverse, f.gram, f.offset, f.mean)
+    assert same and head.rebalances > 0 and weight(head).isfinite().all()
+
+
+def check_not_finite():
+    """NaN on the last rank: nobody steps, and the next step is as if nothing had been."""
+    model = Model(LOSSES["z"])
+    before, bits = weight(model.head), model.head.factors.p.clone()
+    x, target = data([3])
+    model(x * (torch.nan if rank() == world() - 1 else 1), target).backward()
+    norm, stepped = model.head.grad_norm(), model.head.step(0.1, 0.1, max_norm=1.0)
+    unmoved = torch.equal(before, weight(model.head)) and torch.equal(bits, model.head.factors.p)
+    empty = model.head.grad_norm()
+    model(x, target).backward()
+    again = model.head.step(0.1)
+    same = same_everywhere(weight(model.head))
+    assert norm.isnan() and not stepped and unmoved and empty == 0 and again and same
+
+
+def check_rows():
+    """Rows that one rank alone looks up, beside the losses of all."""
+    model, index = Model(LOSSES["z"]), torch.tensor([3, 7, 3])
+    w = weight(model.head).requires_grad_()
+    torch.manual_seed(5)
+    x, target = data([4])
+    factor = torch.randn(3, D).double()
+    loss, scores = model(x, target), torch.tanh(model.trunk(x)).detach() @ w.t()
+    (loss + (model.head.rows(index) * factor).sum() * (rank() == 0)).backward()
+    (LOSSES["z"](scores, target) + (w[index] * factor).sum() * (rank() == 0)).backward()
+    model.head.step(0.1)
+    dist.all_reduce(w.grad, group=GROUP)
+    assert relative(weight(model.head), w.detach() - 0.1 * w.grad / world()) < 1e-13
+
+
+def check_copies():
+    """A copy is of the same group; a state comes back; a dense weight is that of the first rank."""
+    model = Model(LOSSES["z"])
+    dense = torch.randn(N, D).double() * (rank() + 1)
+    copied = copy.deepcopy(model)
+    fresh = Model(LOSSES["z"])
+    fresh.head.load_dense(dense)
+    loaded = weight(fresh.head)
+    fresh.load_state_dict(model.state_dict())
+    torch.manual_seed(rank())
+    x, target = data([3])
+    for one in (model, copied, fresh):
+        one(x, target).backward()
+        one.head.step(0.1)
+    weights = [weight(one.head) for one in (model, copied, fresh)]
+    same = same_everywhere(*weights, loaded)
+    assert same and copied.head.process_group is GROUP
+    assert all(relative(w, weights[0]) < 1e-13 for w in weights)
 
 
 def check_errors():
@@ -236,9 +355,19 @@ def check_errors():
     assert not wrong, wrong
 
 
+Z = "z"
 CASES = [
     *[(size, "check_steps", name, sizes) for size, every in SIZES.items() for sizes in every for name in LOSSES],
-    *[(size, check) for size in SIZES for check in ("check_nobody", "check_errors")],
+    *[(size, "check_training", Z, sizes) for size, every in SIZES.items() for sizes in every],
+    *[(2, "check_training", name, (4, 9)) for name in LOSSES if name != Z],
+    *[
+        (size, check, sizes)
+        for size, sizes in ((2, (4, 9)), (3, (4, 0, 7)))
+        for check in ("check_sum", "check_decay", "check_accumulation", "check_clipping", "check_sharded")
+    ],
+    *[(size, check) for size in SIZES for check in ("check_nobody", "check_left_alone", "check_not_finite")],
+    (3, "check_bits", (4, 1, 7)),
+    *[(2, check) for check in ("check_once", "check_rows", "check_copies", "check_errors")],
 ]
 
 

@@ -49,7 +49,7 @@ class FactoredLinear(FactoredWeight):
         momentum, nesterov: as in torch.optim.SGD. P is then twice as large.
         condition_limit: a pass over P mends U when ‖U‖ ‖U⁻¹‖ / d exceeds it; `rebalances` counts these passes.
         process_group: ranks with replicas of W, made equal here. A step is that of the average of their losses: all of
-            them have to call `step` (and `grad_norm`) together, after the same backward passes.
+            them have to call `step` (and `grad_norm`) together, also those with nothing queued.
         device, dtype: of P, float32 or float64. U, δ, m̄ and the Gram matrix are float64.
 
     W starts as in torch.nn.Linear; `load_dense` takes another. SphericalSoftmaxLoss never trains a W of zeros.
@@ -119,13 +119,12 @@ class FactoredLinear(FactoredWeight):
     def _queued(self) -> Batch | None:
         """All that is queued, of all ranks, as one batch."""
         queue = self._queue
-        if queue.batches or queue.joined is None:
-            batch = Batch.join(queue.batches) if queue.batches else None
-            if self.process_group is not None:
-                batch = ranks.gather(NAME, self.factors, batch, self.process_group)
-            parts = [part for part in (queue.joined, batch) if part is not None]
-            queue.joined = Batch.join(parts) if parts else None
-            queue.batches = []
+        batch = Batch.join(queue.batches) if queue.batches else None
+        if self.process_group is not None:  # asked again, ranks tell each other that there is nothing new
+            batch = ranks.gather(NAME, self.factors, batch, self.process_group, self.width)
+        parts = [part for part in (queue.joined, batch) if part is not None]
+        queue.joined = Batch.join(parts) if parts else None
+        queue.batches = []
         return queue.joined
 
     @torch.no_grad()
@@ -159,7 +158,8 @@ class FactoredLinear(FactoredWeight):
             if batch is None:
                 return True
             if max_norm is not None:
-                scale *= min(1.0, max_norm / (self.grad_norm().item() * abs(scale) + 1e-6))
+                norm = squared_norm(self.factors, batch).sqrt().item()
+                scale *= min(1.0, max_norm / (norm * abs(scale) + 1e-6))
             parts = (batch.alpha, batch.t, batch.gamma, batch.h, batch.gh)
             finite = isfinite(sum(part.sum(dtype=torch.float64) for part in parts) * scale)
             if not finite:

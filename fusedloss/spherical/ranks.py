@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..distributed.ranks import bytes_of, from_bytes, gathered, meet, row_bytes
 from .factors import Factors
@@ -27,32 +28,29 @@ def broadcast(caller: str, f: Factors, group: dist.ProcessGroup) -> None:
         dist.broadcast(getattr(f, name), first, group=group)
 
 
-def gather(caller: str, f: Factors, batch: Batch | None, group: dist.ProcessGroup) -> Batch | None:
+def gather(
+    caller: str, f: Factors, batch: Batch | None, group: dist.ProcessGroup, width: int | None = None
+) -> Batch | None:
     """The batch of all ranks, in their order, of the average of their losses; None where no rank has one.
 
-    All ranks have to call it, those without a batch too. Ranks may hold any number of rows and of targets to a row.
+    All ranks have to call it, those without a batch too. Ranks may hold any number of rows, and of targets to a row.
+    Features from column `width` on are 0, and do not travel.
     """
     rows, targets = (0, 0) if batch is None else batch.target.shape
     ranks = meet(caller, group, f.p.device, (rows, targets), {})
     if not any(ranks.rows):
         return None
-    like = _places(f, max(ranks.columns))
-    mine = like if batch is None else [_widened(getattr(batch, name), empty) for name, empty in zip(_SENT, like)]
+    wide = f.p.new_empty(0, max(ranks.columns), dtype=F64)
+    like = [f.p[:0, :width], wide.to(torch.int64), wide, wide.sum(1), wide.sum(1)]
+    mine = like if batch is None else _sent(batch, width, wide.shape[1])
     everybody = gathered(group, torch.cat([bytes_of(part) for part in mine], 1), ranks.rows)
     pieces = everybody.split([row_bytes(part) for part in like], 1)
     h, target, *coefficients = [from_bytes(piece, part) for piece, part in zip(pieces, like)]
+    h = pad(h, (0, f.p.shape[1] - h.shape[1]))
     return Batch.of(f, h, target, *[part / ranks.size for part in coefficients])
 
 
-_SENT = ("h", "target", "alpha", "t", "gamma")
-
-
-def _places(f: Factors, targets: int) -> list[Tensor]:
-    """What is sent, of no rows."""
-    wide = f.p.new_empty(0, targets, dtype=F64)
-    return [f.p[:0], wide.to(torch.int64), wide, wide.sum(1), wide.sum(1)]
-
-
-def _widened(part: Tensor, like: Tensor) -> Tensor:
-    """Targets filled up with α = 0."""
-    return torch.nn.functional.pad(part, (0, like.shape[1] - part.shape[1])) if part.dim() > 1 else part
+def _sent(b: Batch, width: int | None, targets: int) -> list[Tensor]:
+    """Targets are filled up with α = 0."""
+    more = (0, targets - b.target.shape[1])
+    return [b.h[:, :width], pad(b.target, more), pad(b.alpha, more), b.t, b.gamma]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import fields, replace
 from math import sqrt
 
@@ -156,6 +157,12 @@ class FactoredWeight(torch.nn.Module):
                     tensor.copy_(state[key])
                 self.factors.inverse.copy_(torch.linalg.inv(self.factors.u))
             self._queue.changed()
+
+    def __deepcopy__(self, memo):
+        memo[id(self.process_group)] = self.process_group  # it cannot be copied
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__setstate__(deepcopy(self.__getstate__(), memo))
+        return copied
 
     def __getstate__(self):
         return {**self.__dict__, "_queue": Queue()}
