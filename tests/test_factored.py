@@ -397,7 +397,7 @@ def test_rebalanced_when_needed():
 def test_momentum(loss, nesterov):
     """Also over an all-ignored batch, where velocity moves on, and through rebalancing of its own and by hand."""
     options = {"momentum": 0.8, "nesterov": nesterov}
-    head = layer(loss(), bias=True, condition_limit=2.0, **options)
+    head = layer(loss(), bias=True, condition_limit=1.5, **options)
     dense = Dense(head, 0.02, weight_decay=0.1, **options)
     for number, m in enumerate((5, 30) * 10):
         target = classes(m) if number != 7 else torch.full((m,), -100)
