@@ -17,7 +17,7 @@ from .family import Member, member
 from .gradients import Losses, leaf
 from .steps import Batch, squared_norm
 from .weight import NAME, FactoredWeight
-from .weighted import Rows, weighted
+from .weighted import Unmade, weighted
 
 
 class FactoredLinear(FactoredWeight):
@@ -113,9 +113,9 @@ class FactoredLinear(FactoredWeight):
         def losses_of(h: Tensor, target: Tensor, share: Tensor) -> Tensor:
             return Losses.apply(h, leaf(trains), self._queue, self.factors, loss, target, share)
 
-        rows = Rows(h.shape[:-1], self.out_features, wide)
+        scores = Unmade(h.shape[:-1], self.out_features, wide)
         with torch.autocast(h.device.type, enabled=False):
-            return weighted(NAME, rows, features, target, row_weight, self.loss, losses_of)
+            return weighted(NAME, self.loss, scores, features, target, row_weight, losses_of)
 
     def _queued(self) -> Batch | None:
         """All that is queued, of all ranks, as one batch."""
