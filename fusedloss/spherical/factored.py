@@ -162,12 +162,14 @@ class FactoredLinear(FactoredWeight):
                 scale *= min(1.0, max_norm / (norm * abs(scale) + 1e-6))
             parts = (batch.alpha, batch.t, batch.gamma, batch.h, batch.gh)
             finite = isfinite(sum(part.sum(dtype=torch.float64) for part in parts) * scale)
-            if finite:
-                batch = batch if scale == 1 else batch.scaled(scale)
-                engine(self.factors).step(self.factors, batch, lr, weight_decay)
-                self._mend()
+            if not finite:
+                self.zero_grad()
+                return False
+            batch = batch if scale == 1 else batch.scaled(scale)
+            engine(self.factors).step(self.factors, batch, lr, weight_decay)
+            self._mend()
         self._queue.changed()
-        return finite
+        return True
 
     def _mend(self) -> None:
         """Rebalance where U needs it: ill-conditioned, or shrunk as a whole, as by weight decay."""
