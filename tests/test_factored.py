@@ -376,20 +376,39 @@ def test_rebalancing_keeps_weight_and_queue():
 
 def test_rebalanced_when_needed():
     head = layer(fl.nn.SquaredErrorLoss(), condition_limit=4.0)
-    dense = Dense(head, 0.05)
+    dense = Dense(head, 30.0)
     direction = torch.linspace(0.1, 1, D, dtype=F64)
-    for _ in range(60):
+    for _ in range(30):
         both(head, dense, features(20) * direction, classes(20))
-        head.step(0.05)
+        head.step(30.0)
         dense.step()
         assert head.factors.condition() <= 4
     near(head, dense)
-    assert 0 < head.rebalances < 30
+    assert 0 < head.rebalances < 15
     shrunk = layer(fl.nn.TaylorSoftmaxLoss(), F32)  # decay alone shrinks U without end
     for _ in range(5):
         shrunk(features(3), classes(3)).backward()
         shrunk.step(1.0, weight_decay=1 - 1e-4)
     assert shrunk.rebalances > 0 and 1e-6 <= shrunk.factors.u.norm() / math.sqrt(D) <= 1e6
+
+
+@every_loss
+@pytest.mark.parametrize("nesterov", [False, True], ids=["", "nesterov"])
+def test_momentum(loss, nesterov):
+    """Also over an all-ignored batch, where velocity moves on, and through rebalancing of its own and by hand."""
+    options = {"momentum": 0.8, "nesterov": nesterov}
+    head = layer(loss(), bias=True, condition_limit=2.0, **options)
+    dense = Dense(head, 0.02, weight_decay=0.1, **options)
+    for number, m in enumerate((5, 30) * 10):
+        target = classes(m) if number != 7 else torch.full((m,), -100)
+        got, truth = both(head, dense, features(m), target)
+        assert [error(*pair) <= 1e-11 for pair in zip(got, truth)] == [True, True]
+        if number == 17:
+            head.rebalance()
+        assert head.step(0.02, weight_decay=0.1, max_norm=100.0)
+        dense.step()
+        near(head, dense, 1e-11)
+    assert head.rebalances > 1
 
 
 # --- types -----------------------------------------------------------------------------------------------------------
