@@ -365,7 +365,14 @@ CASES = [
     *[
         (size, check, sizes)
         for size, sizes in ((2, (4, 9)), (3, (4, 0, 7)))
-        for check in ("check_sum", "check_decay", "check_accumulation", "check_clipping", "check_sharded")
+        for check in (
+            "check_sum",
+            "check_decay",
+            "check_accumulation",
+            "check_momentum",
+            "check_clipping",
+            "check_sharded",
+        )
     ],
     *[(size, check) for size in SIZES for check in ("check_nobody", "check_left_alone", "check_not_finite")],
     (3, "check_bits", (4, 1, 7)),
