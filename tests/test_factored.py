@@ -647,22 +647,27 @@ def test_state_dicts_that_do_not_fit():
     head = FactoredLinear(D, N)
     model = torch.nn.Sequential(head)
     state = model.state_dict()
-    assert list(state) == ["0.p", "0.u", "0.offset", "0.mean", "0.gram"]
+    assert list(state) == ["0.factors.p", "0.factors.u", "0.factors.offset", "0.factors.mean", "0.factors.gram"]
     before = weights(head)
     other = torch.nn.Sequential(FactoredLinear(D, N)).state_dict()
     for wrong, words in (
-        ({**other, "0.p": torch.zeros(N + 1, D)}, "size mismatch for 0.p"),
-        ({**other, "0.p": other["0.p"].half()}, "size mismatch for 0.p.*float16"),
-        ({**other, "0.u": other["0.u"].float()}, "size mismatch for 0.u.*float32"),
-        ({key: other[key] for key in list(other)[1:]}, "Missing key.*0.p"),
+        ({**other, "0.factors.p": torch.zeros(N + 1, D)}, "size mismatch for 0.factors.p"),
+        ({**other, "0.factors.p": other["0.factors.p"].half()}, "size mismatch for 0.factors.p.*float16"),
+        ({**other, "0.factors.u": other["0.factors.u"].float()}, "size mismatch for 0.factors.u.*float32"),
+        ({key: other[key] for key in list(other)[1:]}, "Missing key.*0.factors.p"),
         ({**other, "0.weight": torch.zeros(3)}, "Unexpected key.*0.weight"),
     ):
         with pytest.raises(RuntimeError, match=words):
             model.load_state_dict(wrong)
         if "0.weight" not in wrong:
             assert torch.equal(weights(head), before)
-    found = model.load_state_dict({"0.p": torch.zeros(N, D)}, strict=False)
-    assert found.missing_keys == ["0.u", "0.offset", "0.mean", "0.gram"] and torch.equal(weights(head), weights(head))
+    found = model.load_state_dict({"0.factors.p": torch.zeros(N, D)}, strict=False)
+    assert found.missing_keys == [
+        "0.factors.u",
+        "0.factors.offset",
+        "0.factors.mean",
+        "0.factors.gram",
+    ] and torch.equal(weights(head), weights(head))
 
 
 def test_conversions_leave_the_state_as_it_is(device):

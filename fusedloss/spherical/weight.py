@@ -5,6 +5,7 @@ from __future__ import annotations
 from copy import deepcopy
 from dataclasses import fields, replace
 from math import sqrt
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ from .factors import Factors, rebalance
 from .gradients import PickedRows, Queue, leaf
 
 NAME = "FactoredLinear"
-KEPT = ("p", "u", "offset", "mean", "gram")  # of the factors, in a state_dict; U⁻¹ is made again
+# In a state_dict; U⁻¹ is made again. torch.distributed.checkpoint looks for attributes of these names.
+KEPT = tuple("factors." + name for name in ("p", "u", "offset", "mean", "gram"))
 
 
 class FactoredWeight(torch.nn.Module):
@@ -143,10 +145,10 @@ class FactoredWeight(torch.nn.Module):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.update({prefix + name: getattr(self.factors, name) for name in KEPT})
+        destination.update({prefix + name: attrgetter(name)(self) for name in KEPT})
 
     def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
-        mine = {prefix + name: getattr(self.factors, name) for name in KEPT}
+        mine = {prefix + name: attrgetter(name)(self) for name in KEPT}
         rest = {key: value for key, value in state.items() if key not in mine}
         super()._load_from_state_dict(rest, prefix, metadata, strict, missing, unexpected, errors)
         lacking, wrong = [key for key in mine if key not in state], []
