@@ -23,7 +23,6 @@ from .rows import Rows
 from .weight_gradient import Features, weight_gradient
 
 
-@torch.compiler.disable
 def linear_loss(
     h: Tensor,
     weight: Tensor,
@@ -33,7 +32,6 @@ def linear_loss(
     bias: Tensor | None = None,
     row_weight: Tensor | None = None,
     gram: Gram | None = None,
-    caller: str = "linear_loss",
 ) -> Tensor:
     """`loss(h @ weight.T + bias, target, row_weight=row_weight)` of a spherical loss, without the scores.
 
@@ -48,7 +46,6 @@ def linear_loss(
             hyperparameters are numbers; class weights, ignore_index and reduction are its own.
         row_weight: (*leading) weights of the rows, differentiable.
         gram: `Gram.of(weight, bias)`, made before; the caller answers for its being that of this weight.
-        caller: whom errors name.
 
     Returns a float32 loss (float64 for a float64 weight). Gradients flow into h, weight, bias and row_weight, each in
     its own type; derivatives of any order are right.
@@ -56,6 +53,21 @@ def linear_loss(
     Raises:
         TypeError, ValueError, IndexError: name the argument, what was expected and what came.
     """
+    return loss_of("linear_loss", h, weight, target, loss, bias, row_weight, gram)
+
+
+@torch.compiler.disable
+def loss_of(
+    caller: str,
+    h: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    loss: Loss,
+    bias: Tensor | None,
+    row_weight: Tensor | None,
+    gram: Gram | None,
+) -> Tensor:
+    """`linear_loss`; errors name the caller."""
     _check(caller, h, weight, bias, gram)
     kind = member(caller, loss)
     with torch.autocast(h.device.type, enabled=False):

@@ -15,7 +15,7 @@ F64 = torch.float64
 SAMPLE = 1 << 12  # rows that the pivot is the mean of
 PANELS, PANELS_FROM = 4, 256  # of a Gram matrix this wide, the panels below the diagonal's are not computed
 STRAIGHT_ROWS = 1 << 10  # most that bfloat16 products are added one by one in float32
-UNCENTRED = 4.0  # most that a column's mean square may be of its variance, for a product before the mean is taken off
+UNCENTRED = 1.0  # most that a column's mean square may be of its variance, for a product before the mean is taken off
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..checks import expect
 from ..nn import SphericalZLoss
 from ..nn.loss import Loss
-from .dense import linear_loss
+from .dense import loss_of
 from .family import member
 from .gram import Gram
 
@@ -52,8 +52,7 @@ class Linear(torch.nn.Module):
 
     def forward(self, h: Tensor, target: Tensor, row_weight: Tensor | None = None) -> Tensor:
         gram = None if self._frozen is None else self._frozen.gram_of(self.weight, self.bias)
-        more = {"bias": self.bias, "row_weight": row_weight, "gram": gram}
-        return linear_loss(h, self.weight, target, self.loss, **more, caller="Linear")
+        return loss_of("Linear", h, self.weight, target, self.loss, self.bias, row_weight, gram)
 
     @contextmanager
     def frozen_weight(self) -> Iterator[None]:
