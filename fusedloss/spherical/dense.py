@@ -23,7 +23,6 @@ from .rows import Rows
 from .weight_gradient import Features, weight_gradient
 
 
-@torch.compiler.disable
 def linear_loss(
     h: Tensor,
     weight: Tensor,
@@ -33,7 +32,6 @@ def linear_loss(
     bias: Tensor | None = None,
     row_weight: Tensor | None = None,
     gram: Gram | None = None,
-    caller: str = "linear_loss",
 ) -> Tensor:
     """`loss(h @ weight.T + bias, target, row_weight=row_weight)` of a spherical loss, without the scores.
 
@@ -43,19 +41,33 @@ def linear_loss(
     Args:
         h: (*leading, d) features; weight: (n, d), n ≥ 2; bias: (n,). Each float64, float32, bfloat16 or float16.
             Products and their sums are float32 (float64 for a float64 weight), also under autocast.
-        target: (*leading) class indices, or (*leading, K), whose losses are added.
+        target: (*leading) class indices, or (*leading, K), whose losses are added (their squared errors joined).
         loss: a `fusedloss.nn` module: SphericalZLoss, TaylorSoftmaxLoss, SphericalSoftmaxLoss or SquaredErrorLoss. Its
             hyperparameters are numbers; class weights, ignore_index and reduction are its own.
         row_weight: (*leading) weights of the rows, differentiable.
         gram: `Gram.of(weight, bias)`, made before; the caller answers for its being that of this weight.
-        caller: whom errors name.
 
-    Returns a float32 loss (float64 for a float64 weight). Gradients flow into h, weight, bias and row_weight, each in its
-    own type; derivatives of any order are right.
+    Returns a float32 loss (float64 for a float64 weight). Gradients flow into h, weight, bias and row_weight, each in
+    its own type; derivatives of any order are right.
 
     Raises:
         TypeError, ValueError, IndexError: name the argument, what was expected and what came.
     """
+    return loss_of("linear_loss", h, weight, target, loss, bias, row_weight, gram)
+
+
+@torch.compiler.disable
+def loss_of(
+    caller: str,
+    h: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    loss: Loss,
+    bias: Tensor | None,
+    row_weight: Tensor | None,
+    gram: Gram | None,
+) -> Tensor:
+    """`linear_loss`; errors name the caller."""
     _check(caller, h, weight, bias, gram)
     kind = member(caller, loss)
     with torch.autocast(h.device.type, enabled=False):
@@ -76,10 +88,9 @@ def _check(caller: str, h: Tensor, weight: Tensor, bias: Tensor | None, gram: Gr
             expect(known, caller, name, "float64, float32, bfloat16 or float16", tensor.dtype, TypeError)
             expect(tensor.device == weight.device, caller, name, f"a tensor on {weight.device}", tensor.device)
     width = weight.shape[1] + (bias is not None)
-    fits = gram is None or (
-        len(gram.pivot) == width and gram.pivot.dtype == torch.promote_types(weight.dtype, torch.float32)
-    )
-    expect(fits, caller, "gram", "Gram.of(weight, bias)", gram)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    fits = isinstance(gram, Gram) and gram.pivot.shape == (width,) and gram.pivot.dtype == wide
+    expect(gram is None or fits, caller, "gram", "Gram.of(weight, bias)", gram)
 
 
 class _Losses(torch.autograd.Function):
@@ -135,7 +146,7 @@ def _visit(ctx, h, weight, bias, target, share, with_gradient):
         picked = weight[target[rows]].to(dtype).sub_(gram.pivot[:d])
         hit = (picked * x[:, :d].unsqueeze(1)).sum(2, dtype=F64) + shifts[:, :1]
         if bias is not None:
-            hit += bias[target[rows]] - gram.pivot[d]
+            hit += bias[target[rows]] - gram.pivot[d:]
         losses[rows], alpha, t, gamma = ctx.kind.centred(hit, shifts[:, 1], squares, len(weight), share[rows])
         for whole, part in zip(slopes, (alpha, t, gamma)):
             whole[rows] = part

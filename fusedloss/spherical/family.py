@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,6 +39,13 @@ def member(caller: str, loss: Loss) -> Member:
     expect(module in MEMBERS, caller, "loss", f"one of fusedloss.nn's {names}", type(loss).__name__, TypeError)
     options = {name: getattr(loss, name) for name in loss.names if name not in _COMMON}
     for name, value in options.items():
-        expect(not isinstance(value, Tensor), caller, name, "a number", value, TypeError)
-    loss.function(torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64), **options)  # it checks them
-    return Member(module.__name__.rpartition(".")[2], module.centred, module.rank, tuple(options.items()))
+        expect(isinstance(value, (int, float)), caller, name, "a number", value, TypeError)
+    known = tuple(options.items())
+    _try_out(loss.function, known)
+    return Member(module.__name__.rpartition(".")[2], module.centred, module.rank, known)
+
+
+@functools.cache
+def _try_out(function: Callable[..., Tensor], options: tuple[tuple[str, float | bool], ...]) -> None:
+    """The loss checks its hyperparameters, and raises; once for each set of them, for it takes a millisecond."""
+    function(torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64), **dict(options))

@@ -14,7 +14,8 @@ from ..backends import choose
 F64 = torch.float64
 SAMPLE = 1 << 12  # rows that the pivot is the mean of
 PANELS, PANELS_FROM = 4, 256  # of a Gram matrix this wide, the panels below the diagonal's are not computed
-UNCENTRED = 4.0  # most that a column's mean square may be of its variance, for a product before the mean is taken off
+STRAIGHT_ROWS = 1 << 10  # most that bfloat16 products are added one by one in float32
+UNCENTRED = 1.0  # most that a column's mean square may be of its variance, for a product before the mean is taken off
 
 
 @contextmanager
@@ -52,17 +53,15 @@ class Gram:
     @classmethod
     @torch.no_grad()
     def of(cls, weight: Tensor, bias: Tensor | None = None) -> Gram:
-        """W is read once, no copy of it is ever whole. Products and sums over a block in the pivot's type, then float64."""
+        """W is read once, and never copied whole. Sums over a block in the pivot's type, then float64."""
         pivot, straight = _pivot(weight, bias)
         width, device = len(pivot), weight.device
         matrix, total = torch.zeros(width, width, dtype=F64, device=device), pivot.new_zeros(width, dtype=F64)
         part = torch.empty(width, width, dtype=pivot.dtype, device=device)
-        if straight:
-            pivot = torch.zeros_like(pivot)
         with exact_products(device):
-            for block in (
-                weight.split(block_rows(device, width, pivot.dtype)) if straight else blocks(weight, bias, pivot)
-            ):
+            if straight:
+                pivot = torch.zeros_like(pivot)
+            for block in weight.split(STRAIGHT_ROWS) if straight else blocks(weight, bias, pivot):
                 _upper_square(part, block)
                 matrix += part
                 total += block.sum(0, dtype=pivot.dtype)
@@ -80,7 +79,8 @@ def blocks(weight: Tensor, bias: Tensor | None, pivot: Tensor) -> Iterator[Tenso
         away = buffer[: len(weight) - first]
         torch.sub(weight[first : first + size], pivot[:width], out=away[:, :width])
         if bias is not None:
-            torch.sub(bias[first : first + size], pivot[width], out=away[:, width])
+            # pivot[width:], not pivot[width]: one of no dimensions would not widen a half-precision bias
+            torch.sub(bias[first : first + size], pivot[width:], out=away[:, width])
         yield away
 
 

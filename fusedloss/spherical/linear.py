@@ -11,7 +11,7 @@ from torch import Tensor
 from ..checks import expect
 from ..nn import SphericalZLoss
 from ..nn.loss import Loss
-from .dense import linear_loss
+from .dense import loss_of
 from .family import member
 from .gram import Gram
 
@@ -21,7 +21,7 @@ class Linear(torch.nn.Module):
 
     Constructor: in_features d, out_features n ≥ 2; ``loss``, a `fusedloss.nn` module of the spherical family (default:
     SphericalZLoss()), which keeps class weights, ignore_index and reduction; bias, device, dtype and the values at the
-    start as of `torch.nn.Linear`. Call: ``head(h, target, row_weight=None)``, as `fusedloss.spherical.linear_loss` has it.
+    start as of `torch.nn.Linear`. Call: ``head(h, target, row_weight=None)``, as `fusedloss.spherical.linear_loss`.
 
     Every call passes over the weight once, to make its Gram matrix. Micro-batches that share a weight can share that::
 
@@ -52,16 +52,15 @@ class Linear(torch.nn.Module):
 
     def forward(self, h: Tensor, target: Tensor, row_weight: Tensor | None = None) -> Tensor:
         gram = None if self._frozen is None else self._frozen.gram_of(self.weight, self.bias)
-        more = {"bias": self.bias, "row_weight": row_weight, "gram": gram}
-        return linear_loss(h, self.weight, target, self.loss, **more, caller="Linear")
+        return loss_of("Linear", h, self.weight, target, self.loss, self.bias, row_weight, gram)
 
     @contextmanager
     def frozen_weight(self) -> Iterator[None]:
         """Inside the block the weight is not to change: the first call makes its Gram matrix, the others use that.
 
-        Each backward still makes its own gradient of the weight. Leaving drops the matrix, also by an exception; of nested
-        blocks, leaving the outermost. A call that finds the weight changed raises RuntimeError, as far as PyTorch counts
-        changes: those through `.data` and of some fused optimizers it does not count.
+        Each backward still makes its own gradient of the weight. Leaving drops the matrix, also by an exception; of
+        nested blocks, leaving the outermost. A call that finds the weight changed raises RuntimeError, as far as
+        PyTorch counts changes: those through `.data` and of some fused optimizers it does not count.
         """
         outer, self._frozen = self._frozen, self._frozen or _Frozen()
         try:

@@ -1,4 +1,4 @@
-"""What the rows of a batch count: targets, class weights, row weights and reduction, as the losses on scores have them."""
+"""What the rows of a batch count: targets, class weights, row weights and reduction, as of losses on scores."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from .gram import F64, Gram, block_rows, blocks
 
 
 class Features:
-    """(N, d) features as they are multiplied: in the type of products, masked rows 0, with a column of ones for a bias."""
+    """(N, d) features as they are multiplied: in the type of products, masked rows 0, for a bias a column of ones."""
 
     def __init__(self, h: Tensor, mask: Tensor | None, weight: Tensor, ones: bool):
         self.h, self.mask, self.ones = h, mask, ones
@@ -45,7 +45,7 @@ def weight_gradient(
 ) -> tuple[Tensor, Tensor | None]:
     """∂L/∂W and ∂L/∂bias in their own types, each number formed in the type of products and rounded once.
 
-    target (N, K) with n where there is none; alpha (N, K), t, gamma (N,) float64: times upstream gradients. `gram` may be
+    target (N, K) with n where there is none; alpha (N, K), t, gamma (N,) float64: times upstream gradients. `gram` is
     None for no rows.
     """
     n, d = weight.shape
@@ -81,7 +81,7 @@ def weight_gradient(
 
 
 def _factors(gram: Gram, features: Features, alpha: Tensor, t: Tensor, gamma: Tensor, n: int):
-    """(left, right, row): ∂L/∂W without its sparse rows is (W − pivot) left right + 1 rowᵀ; left None for the identity."""
+    """(left, right, row): ∂L/∂W but for its sparse rows is (W − pivot) left right + 1 rowᵀ; left None: the identity."""
     count, width, dtype = len(gamma), features.width, features.dtype
     shared = (t - alpha.sum(1)) / n
     if 2 * count < width:
