@@ -17,8 +17,9 @@ from torch import Tensor
 from ..checks import expect
 from ..nn.loss import Loss
 from ..scores import FLOATING, Scores
+from .exact import exact
 from .family import Member, member
-from .gram import F64, Gram, exact_products
+from .gram import F64, Gram
 from .rows import Rows
 from .weight_gradient import Features, weight_gradient
 
@@ -98,7 +99,7 @@ class _Losses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h, weight, bias, target, share, keep, kind, gram):
-        with exact_products(h.device):
+        with exact(h.device):
             ctx.gram = (Gram.of(weight, bias) if gram is None else gram) if len(h) else None
             ctx.kind, ctx.mask = kind, None if keep.device.type == "cpu" and keep.all() else keep
             ctx.save_for_backward(h, weight, bias, target, share)
@@ -115,7 +116,7 @@ class _Losses(torch.autograd.Function):
             return _graph_of_gradients(ctx, upstream)
         dh = dweight = dbias = None
         column = upstream.unsqueeze(1)
-        with exact_products(h.device):
+        with exact(h.device):
             if ctx.needs_input_grad[0]:
                 kept, ctx.dh = ctx.dh, None
                 if kept is None:  # a second backward: the first one gave the buffer away
@@ -162,7 +163,7 @@ def _graph_of_gradients(ctx, upstream):
     h, weight, bias, target, share = ctx.saved_tensors
     # Views: one input may be made from another, and a derivative in the one must not run through the other.
     inputs = [None if x is None else x.view_as(x) for x in (h, weight, bias)]
-    with exact_products(h.device):
+    with exact(h.device):
         losses = _plain(*inputs, target, share, ctx.mask, ctx.kind)
         wanted = [x for x, needed in zip(inputs, ctx.needs_input_grad) if needed]
         found = iter(torch.autograd.grad(losses, wanted, upstream, create_graph=True, allow_unused=True))

@@ -14,14 +14,27 @@ _MATMULS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
 def exact(device: torch.device) -> Iterator[None]:
     """No autocast on `device`, no TF32 or bfloat16 in products of float32; afterwards all is as it was.
 
-    PyTorch refuses to multiply where its older switch and the newer ones disagree: all of them are moved.
+    PyTorch refuses to multiply where its older switch and the newer ones disagree: the older moves all of them, unless a
+    newer one was used; then it is not to be touched.
     """
-    older, newer = torch.get_float32_matmul_precision(), [m.fp32_precision for m in _MATMULS]
+    newer = [matmul.fp32_precision for matmul in _MATMULS]
     try:
-        torch.set_float32_matmul_precision("highest")
+        older = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        older = None
+    try:
+        if older is None:
+            _set(["ieee"] * len(_MATMULS))
+        else:
+            torch.set_float32_matmul_precision("highest")
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(older)
-        for matmul, precision in zip(_MATMULS, newer):
-            matmul.fp32_precision = precision
+        if older is not None:
+            torch.set_float32_matmul_precision(older)
+        _set(newer)
+
+
+def _set(precisions: list[str]) -> None:
+    for matmul, precision in zip(_MATMULS, precisions):
+        matmul.fp32_precision = precision

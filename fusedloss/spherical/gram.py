@@ -3,34 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..backends import choose
+from .exact import exact
 
 F64 = torch.float64
 SAMPLE = 1 << 12  # rows that the pivot is the mean of
 PANELS, PANELS_FROM = 4, 256  # of a Gram matrix this wide, the panels below the diagonal's are not computed
 STRAIGHT_ROWS = 1 << 10  # most that bfloat16 products are added one by one in float32
 UNCENTRED = 1.0  # most that a column's mean square may be of its variance, for a product before the mean is taken off
-
-
-@contextmanager
-def exact_products(device: torch.device) -> Iterator[None]:
-    """float32 products stay float32: no autocast, and no TF32 or bfloat16 inside them."""
-    owners = [torch.backends.cuda.matmul] if device.type == "cuda" else [torch.backends.mkldnn.matmul]
-    before = [owner.fp32_precision for owner in owners]
-    try:
-        for owner in owners:
-            owner.fp32_precision = "ieee"
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for owner, precision in zip(owners, before):
-            owner.fp32_precision = precision
 
 
 def block_rows(device: torch.device, width: int, dtype: torch.dtype) -> int:
@@ -58,7 +43,7 @@ class Gram:
         width, device = len(pivot), weight.device
         matrix, total = torch.zeros(width, width, dtype=F64, device=device), pivot.new_zeros(width, dtype=F64)
         part = torch.empty(width, width, dtype=pivot.dtype, device=device)
-        with exact_products(device):
+        with exact(device):
             if straight:
                 pivot = torch.zeros_like(pivot)
             for block in weight.split(STRAIGHT_ROWS) if straight else blocks(weight, bias, pivot):
