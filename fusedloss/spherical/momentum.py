@@ -1,7 +1,7 @@
 """SGD with momentum on a weight in factors, exactly and at a cost free of the number of classes.
 
 The weight and its velocity are one matrix of twice the width, X = [W, V] = P U + 1 (δ + m̄)ᵀ. Features get d zeros
-appended, so that its scores are those of W, and `visit` and `backward` of steps.py serve it unchanged: the gradient of X
+appended: its scores are those of W, and `visit` and `backward` of steps.py serve it unchanged: the gradient of X
 that they leave in the batch is [G, 0]. With G + decay W = W A + B, A = S + decay I, a step of torch.optim.SGD is
 
     V ← momentum V + (W A + B)
