@@ -1,32 +1,36 @@
 """SGD with momentum on a weight in factors, exactly and at a cost free of the number of classes.
 
-The weight and its velocity are one matrix of twice the width, X = [W, V] = P U + 1 (δ + m̄)ᵀ. Features get d zeros appended,
-so that its scores are those of W, and `visit` and `backward` of steps.py serve it unchanged: the gradient of X that they
-leave in the batch is [G, 0]. With G + decay W = W A + B, A = S + decay I, a step as torch.optim.SGD makes it is
+The weight and its velocity are one matrix of twice the width, X = [W, V] = P U + 1 (δ + m̄)ᵀ. Features get d zeros
+appended: its scores are those of W, and `visit` and `backward` of steps.py serve it unchanged: the gradient of X
+that they leave in the batch is [G, 0]. With G + decay W = W A + B, A = S + decay I, a step of torch.optim.SGD is
 
     V ← momentum V + (W A + B)
     W ← W − β V,  β = lr               or, with nesterov,  W ← W − lr (W A + B) − β V,  β = lr · momentum
 
-X is multiplied by E = E₁ E₂, E₁ = [[I, A], [0, momentum I]], E₂ = [[I − ν A, 0], [−β I, I]], ν = lr with nesterov, else 0:
+X is multiplied by E = E₁ E₂, E₁ = [[I, A], [0, momentum I]], E₂ = [[I − ν A, 0], [−β I, I]], ν = lr with nesterov or 0:
 the inverse of E₁ needs no solving, and E₂ is a plain step.
 
-det E₁ = momentum^d: the rows of U that carry V shrink as momentum^t, and P's columns to them grow. That in itself costs
-no digit (P U has the same relative error at any scale of U's rows), but unless the shrinking rows are those that a step
-without gradients only scales, (lr · momentum / (1 − momentum) I, I), they come to lie along the others. `rebalance` starts
-there, and `condition` tells when.
+det E₁ = momentum^d: the rows of U that carry V shrink as momentum^t, and P's columns to them grow. That in itself
+costs no digit (P U has the same relative error at any scale of U's rows), but unless those rows are the ones that a
+step without gradients only scales, (lr · momentum / (1 − momentum) I, I), they come to lie along the others.
+`rebalance` starts there, and `condition` tells when it is due: at momentum 0.9 every 60 steps or so.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from ..checks import check_number
+from ..checks import expect
 from .factors import Factors, multiply
-from .steps import F64, SINGULAR, Batch, gradient_gram, sparse_gram
+from .steps import F64, SINGULAR, Batch, gradient_square
 
-# Rows of U this far apart in length are levelled: float32 has room for 10³⁸, and P for what classes add to it.
-APART = 2.0**60
+# `rebalance` is due above this condition. Few passes are saved by a higher one, the condition grows as momentum^-t.
+LIMIT = 1.5
+# And where U's rows differ by more in length: what float64 rounds in the long ones shows in the short ones times that.
+APART = {torch.float32: 2.0**24, torch.float64: 2.0**8}
 
 
 def double(f: Factors) -> Factors:
@@ -44,7 +48,7 @@ def step(f: Factors, b: Batch, lr: float, decay: float, momentum: float, nestero
 
     f: of doubled width; b: its batch, features (m, 2d) with zeros in the last d columns. No rows, no step.
     """
-    check_number("momentum.step", "momentum", momentum, 0, 1, above=True)
+    expect(0 < momentum < 1, "momentum.step", "momentum", "a number in (0, 1)", momentum)
     if not len(b.h):
         return
     d = f.p.shape[1] // 2
@@ -61,9 +65,9 @@ def step(f: Factors, b: Batch, lr: float, decay: float, momentum: float, nestero
         v = momentum * v + g
         return torch.cat([w - nu * g - beta * v, v], -1)
 
-    cross, square = (t.to(F64) for t in _grams(f, b, h, hg, few))
-    # Xᵀ and G's products with [W, V, G]: from the left as from the right.
-    half = along(f.gram, cross)
+    cross = (b.gh.t() @ h).to(F64)  # Xᵀ G
+    square = gradient_square(f, replace(b, h=h, yw=b.yw[:, :d], gh=b.gh[:, :d])).to(F64)
+    half = along(f.gram, cross)  # Xᵀ X after the step on the right, then on the left
     f.gram.copy_(along(half.t(), along(cross.t(), square).t()))
 
     wide = h.to(F64)
@@ -85,17 +89,6 @@ def step(f: Factors, b: Batch, lr: float, decay: float, momentum: float, nestero
     f.p.index_add_(0, b.target.reshape(-1), moved.reshape(-1, 2 * d))
 
 
-def _grams(f: Factors, b: Batch, h: Tensor, hg: Tensor, few: bool) -> tuple[Tensor, Tensor]:
-    """Xᵀ G (2d, d) and Gᵀ G (d, d), centred."""
-    cross = b.gh.t() @ h
-    d = h.shape[1]
-    one = Batch(b.alpha, b.t, b.gamma, h, b.target, b.hu, b.yw[:, :d], b.gh[:, :d])
-    if few:
-        return cross, h.t() @ (gradient_gram(f, one) @ h)
-    half = (hg.t() @ h) @ ((one.gh + one.yw).t() @ h) / 2
-    return cross, half + half.t() + sparse_gram(f, one)
-
-
 def _undo_plain(top: Tensor, h: Tensor, hg: Tensor, s: Tensor | None, lr: float, keep: float) -> bool:
     """top ← (keep I − lr S)⁻¹ top. Returns whether that was too close to singular; then nothing has changed."""
     few = s is None
@@ -112,18 +105,20 @@ def _undo_plain(top: Tensor, h: Tensor, hg: Tensor, s: Tensor | None, lr: float,
     return False
 
 
-def condition(f: Factors) -> Tensor:
-    """What the error of W and V is in units of P's rounding; ∞ where U's rows have become too unequal in length.
+def condition(f: Factors, lr: float, momentum: float) -> Tensor:
+    """By how much more than after a rebalance P's rounding grows on the way to W and V, about; ∞ past APART.
 
-    The mean over i of ‖u_i‖ ‖u⁻¹_i‖, of U's rows and U⁻¹'s columns: ‖U‖ ‖U⁻¹‖ / 2d in Frobenius norms where U's rows are
-    scaled for the least, with V in units in which it is as large as W.
+    The root mean square of ‖u_i‖ ‖u⁻¹_i‖ over U's rows and U⁻¹'s columns: as `Factors.condition`, but whatever the
+    scale of U's rows. Columns are in units in which V is as large as W, or moves W by all of it, whichever is less.
     """
-    d = f.p.shape[1] // 2
-    size = f.gram.diagonal().reshape(2, d).sum(1).sqrt().repeat_interleave(d)
-    row = (f.u / size).norm(dim=1)
+    d, reach = f.p.shape[1] // 2, lr * momentum / (1 - momentum)
+    w, v = f.gram.diagonal().reshape(2, d).sum(1).sqrt()
+    v = torch.minimum(v, w / reach) if reach else v
+    unit = torch.stack([w, v]).repeat_interleave(d)
+    grown = (f.u / unit).norm(dim=1) * (f.inverse * unit.unsqueeze(1)).norm(dim=0)
     length = f.u.norm(dim=1)
-    apart = length.max() / length.min()
-    return torch.where(apart > APART, torch.inf, (row * (f.inverse * size.unsqueeze(1)).norm(dim=0)).mean())
+    relative = (grown.square().mean() / (1 + (reach * v / w).square())).sqrt()
+    return torch.where(length.max() > APART[f.p.dtype] * length.min(), torch.inf, relative)
 
 
 def rebalance(f: Factors, lr: float, momentum: float) -> None:

@@ -167,6 +167,16 @@ def sparse_gram(f: Factors, b: Batch) -> Tensor:
     return j.t() @ j - torch.outer(ones, ones / f.p.shape[0])
 
 
+def gradient_square(f: Factors, b: Batch) -> Tensor:
+    """Gᵀ G (d, d) of the centred G = ∂L/∂W, of P's type."""
+    if len(b.h) < b.h.shape[1]:
+        square = b.h.t() @ (gradient_gram(f, b) @ b.h)
+    else:
+        s = b.h.t() @ ((2 * b.gamma).unsqueeze(1).to(b.h.dtype) * b.h)
+        square = s @ ((b.gh + b.yw).t() @ b.h) + sparse_gram(f, b)
+    return (square + square.t()) / 2
+
+
 def _gram_change(f: Factors, b: Batch, lr: float, keep: float) -> tuple[Tensor, Tensor]:
     """S = 2 Hᵀ Γ H and Z with Q ← keep² Q − Z − Zᵀ, all in d × d."""
     hg = (2 * b.gamma).unsqueeze(1).to(b.h.dtype) * b.h
