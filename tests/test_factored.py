@@ -787,3 +787,29 @@ def test_targets_out_of_range():
     for index in (-1, N):
         with pytest.raises(IndexError, match="FactoredLinear: index: expected 0 <= index < 97"):
             head.rows(torch.tensor([0, index]))
+
+
+@pytest.mark.parametrize("kind", ["matrix", "muon", "shampoo"])
+def test_right_preconditioners(kind):
+    """Gradient accumulation, decay and a preconditioner together, against the dense gradient times R."""
+    torch.manual_seed(3)
+    n, d, lr, decay = 300, 8, 0.2, 0.01
+    head = FactoredLinear(d, n, fl.nn.TaylorSoftmaxLoss(), dtype=F64)
+    weight = head.materialize().weight.detach().clone()
+    fixed = torch.eye(d, dtype=torch.float64) + 0.1 * torch.randn(d, d, dtype=torch.float64)
+    given = {"matrix": fixed, "muon": fl.spherical.Muon(), "shampoo": fl.spherical.Shampoo()}[kind]
+    same = {"matrix": lambda _: fixed, "muon": fl.spherical.Muon(), "shampoo": fl.spherical.Shampoo()}[kind]
+    for _ in range(5):
+        gradient = torch.zeros_like(weight)
+        for _ in range(2):
+            h, target = torch.randn(12, d, dtype=torch.float64), torch.randint(0, n, (12,))
+            head(h, target).backward()
+            dense = weight.clone().requires_grad_()
+            gradient += torch.autograd.grad(head.loss(h @ dense.t(), target), dense)[0]
+        assert head.step(lr, weight_decay=decay, preconditioner=given)
+        weight = (1 - lr * decay) * weight - lr * gradient @ same(gradient.t() @ gradient)
+    found = head.materialize().weight
+    assert (found - weight).norm() <= 1e-11 * weight.norm()
+    moving = FactoredLinear(d, n, momentum=0.5)
+    with pytest.raises(ValueError, match="preconditioner: expected None in a layer with momentum"):
+        moving.step(0.1, preconditioner=fixed)

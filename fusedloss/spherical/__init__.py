@@ -3,3 +3,4 @@
 from .dense import linear_loss
 from .factored import FactoredLinear
 from .linear import Linear
+from .preconditioned import Muon, Shampoo

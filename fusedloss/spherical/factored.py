@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import isfinite, sqrt
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from .. import nn
 from ..checks import check_constant, expect
-from . import evaluation, ranks
+from . import evaluation, preconditioned, ranks
 from . import momentum as moving
 from .engines import engine
 from .exact import exact
@@ -48,7 +49,8 @@ class FactoredLinear(FactoredWeight):
         bias: n biases, trained as one more column of W for a feature that is always `bias_scale`: they decay with it,
             and their learning rate is multiplied by bias_scale².
         momentum, nesterov: as in torch.optim.SGD. P is then twice as large.
-        condition_limit: a pass over P mends U when ‖U‖ ‖U⁻¹‖ / d exceeds it; `rebalances` counts these passes.
+        condition_limit: a pass over P mends U when ‖U‖ ‖U⁻¹‖ / d exceeds it (with momentum there is a measure of its own);
+            `rebalances` counts these passes.
         process_group: ranks with replicas of W, made equal here. A step is that of the average of their losses: all of
             them have to call `step` (and `grad_norm`) together, also those with nothing queued.
         device, dtype: of P, float32 or float64. U, δ, m̄ and the Gram matrix are float64.
@@ -139,11 +141,18 @@ class FactoredLinear(FactoredWeight):
 
     @torch.no_grad()
     def step(
-        self, lr: float, weight_decay: float = 0.0, max_norm: float | None = None, grad_scale: float | Tensor = 1.0
+        self,
+        lr: float,
+        weight_decay: float = 0.0,
+        max_norm: float | None = None,
+        grad_scale: float | Tensor = 1.0,
+        preconditioner: Tensor | Callable[[Tensor], Tensor] | None = None,
     ) -> bool:
         """W ← W − lr (G + weight_decay W), where G is what is queued times `grad_scale`; then the queue is empty.
 
             max_norm: G is scaled down to this norm, as by `torch.nn.utils.clip_grad_norm_` for this layer alone.
+            preconditioner: without momentum, G R instead of G: R (d, d) float64, or a function that makes it of GᵀG, such
+                as `Muon()` and `Shampoo()` of this package. With biases d is one more.
 
         Returns True; nothing happens where nothing is queued. Where G is not finite W stays, and False is returned.
         """
@@ -153,6 +162,8 @@ class FactoredLinear(FactoredWeight):
         if max_norm is not None:
             check_constant(NAME, "max_norm", max_norm, 0)
         number = isinstance(grad_scale, (int, float)) or (isinstance(grad_scale, Tensor) and grad_scale.dim() == 0)
+        plain = preconditioner is None or not self.momentum
+        expect(plain, NAME, "preconditioner", "None in a layer with momentum", preconditioner)
         expect(number, NAME, "grad_scale", "a number, or a 0-dimensional tensor", grad_scale, TypeError)
         with exact(self.factors.p.device):
             batch, scale = self._queued(), float(grad_scale)
@@ -170,6 +181,8 @@ class FactoredLinear(FactoredWeight):
             self._lr = lr
             if self.momentum:
                 moving.step(self.factors, batch, lr, weight_decay, self.momentum, self.nesterov)
+            elif preconditioner is not None:
+                preconditioned.step(self.factors, batch, lr, weight_decay, preconditioner)
             else:
                 engine(self.factors).step(self.factors, batch, lr, weight_decay)
             self._mend()
@@ -178,10 +191,10 @@ class FactoredLinear(FactoredWeight):
 
     def _mend(self) -> None:
         """Rebalance where U needs it: ill-conditioned, or grown or shrunk as a whole, as by weight decay."""
-        f = self.factors
-        condition = moving.condition(f) if self.momentum else f.condition()
+        f, limit = self.factors, moving.LIMIT if self.momentum else self.condition_limit
+        condition = moving.condition(f, self._lr, self.momentum) if self.momentum else f.condition()
         condition, size = torch.stack([condition, f.u.norm() / sqrt(len(f.u))]).tolist()
-        if isfinite(size) and (condition > self.condition_limit or not 1e-6 <= size <= 1e6):
+        if isfinite(size) and (condition > limit or not 1e-6 <= size <= 1e6):
             self._rebalance()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
