@@ -206,6 +206,19 @@ def test_no_worse_than_float32_scores_rounded_once(name, dtype, rows, shift, wit
         assert g.dtype == dtype and error(g, t) <= FACTOR * error(r, t) + 1e-6, tuple(x.shape)
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("rows", [30, 300], ids=["few rows", "many rows"])
+def test_wide_layers_on_every_backend(backend, dtype, rows):
+    """Gram matrices in panels, several blocks, sums that only the last columns show."""
+    h, w, _, target = operands(dtype, rows=rows, width=261, classes=3000)
+    wide = [x.detach().double().requires_grad_() for x in (h, w)]
+    loss, truth = linear_loss(h, w, target, make("taylor")), on_scores(*wide, target, make("taylor"))
+    assert error(loss, truth) < 1e-6
+    bound = 2e-6 if dtype == F32 else 3e-3
+    for g, t in zip(torch.autograd.grad(loss, (h, w)), torch.autograd.grad(truth, wide)):
+        assert error(g, t) < bound and error(g[..., -5:], t[..., -5:]) < bound
+
+
 @pytest.mark.parametrize("kinds", [(BF16, F32), (F32, BF16), (F64, F32), (F16, F64)], ids=str)
 def test_features_of_another_type_than_the_weight(kinds):
     h, w, b = torch.randn(ROWS, WIDTH), torch.randn(CLASSES, WIDTH), torch.randn(CLASSES)
