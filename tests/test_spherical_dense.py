@@ -10,7 +10,7 @@ from tolerance import FACTOR, error
 
 import fusedloss as fl
 from fusedloss.spherical import Linear, linear_loss
-from fusedloss.spherical.gram import Gram
+from fusedloss.spherical.gram import Gram, exact_products
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 ROWS, WIDTH, CLASSES = 24, 9, 41
@@ -94,12 +94,13 @@ def test_one_row_of_no_leading_dimension(name):
 
 
 def test_many_blocks_of_every_kind(monkeypatch):
-    """Rows of W and of h in blocks that do not divide them, and a Gram matrix in panels."""
+    """Rows of W and of h in blocks that do not divide them, a Gram matrix in panels, a pivot far from the mean."""
     from fusedloss.spherical import gram, weight_gradient
 
     for module in (gram, weight_gradient):
         monkeypatch.setattr(module, "block_rows", lambda *_: 7)
     monkeypatch.setattr(gram, "PANELS_FROM", 5)
+    monkeypatch.setattr(gram, "SAMPLE", 2)
     for rows in (3, ROWS):
         for b in (None, torch.randn(CLASSES, dtype=F64, requires_grad=True)):
             h, w, _, target = operands(rows=rows, several=2)
@@ -134,6 +135,7 @@ def test_no_row_counts(name, rows):
             assert loss == 0
             assert all(g.eq(0).all() for g in torch.autograd.grad(loss, (h, w, b)))
             assert linear_loss(h, w, target, make(name, reduction="none"), bias=b).eq(torch.zeros(rows)).all()
+        assert linear_loss(h, w * torch.nan, target, make(name), bias=b) == 0
 
 
 def test_an_ignored_row_may_hold_anything():
@@ -247,6 +249,22 @@ def test_neither_autocast_nor_low_precision_products():
     assert torch.equal(got, truth)
     for g, t in zip(grads, torch.autograd.grad(truth, (h, w, b))):
         assert torch.equal(g, t)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_products_are_exact_and_the_settings_come_back(kind):
+    owner = {"cpu": torch.backends.mkldnn.matmul, "cuda": torch.backends.cuda.matmul}[kind]
+    before = torch.get_float32_matmul_precision()
+    try:
+        for setting in ("medium", "highest"):
+            torch.set_float32_matmul_precision(setting)
+            outside = owner.fp32_precision
+            with pytest.raises(KeyError), exact_products(torch.device(kind)):
+                assert owner.fp32_precision == "ieee"
+                raise KeyError
+            assert owner.fp32_precision == outside and torch.get_float32_matmul_precision() == setting
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 # --- derivatives again ------------------------------------------------------------------------------------------------
