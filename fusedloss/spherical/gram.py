@@ -21,16 +21,13 @@ UNCENTRED = 1.0  # most that a column's mean square may be of its variance, for 
 @contextmanager
 def exact_products(device: torch.device) -> Iterator[None]:
     """float32 products stay float32: no autocast, and no TF32 or bfloat16 inside them."""
-    owners = [torch.backends.cuda.matmul] if device.type == "cuda" else [torch.backends.mkldnn.matmul]
-    before = [owner.fp32_precision for owner in owners]
+    owner = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
+    before, owner.fp32_precision = owner.fp32_precision, "ieee"
     try:
-        for owner in owners:
-            owner.fp32_precision = "ieee"
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        for owner, precision in zip(owners, before):
-            owner.fp32_precision = precision
+        owner.fp32_precision = before
 
 
 def block_rows(device: torch.device, width: int, dtype: torch.dtype) -> int:
