@@ -10,6 +10,7 @@ from tolerance import FACTOR, error
 
 import fusedloss as fl
 from fusedloss.spherical import Linear, linear_loss
+from fusedloss.spherical.exact import exact
 from fusedloss.spherical.gram import Gram
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -94,12 +95,13 @@ def test_one_row_of_no_leading_dimension(name):
 
 
 def test_many_blocks_of_every_kind(monkeypatch):
-    """Rows of W and of h in blocks that do not divide them, and a Gram matrix in panels."""
+    """Rows of W and of h in blocks that do not divide them, a Gram matrix in panels, a pivot far from the mean."""
     from fusedloss.spherical import gram, weight_gradient
 
     for module in (gram, weight_gradient):
         monkeypatch.setattr(module, "block_rows", lambda *_: 7)
     monkeypatch.setattr(gram, "PANELS_FROM", 5)
+    monkeypatch.setattr(gram, "SAMPLE", 2)
     for rows in (3, ROWS):
         for b in (None, torch.randn(CLASSES, dtype=F64, requires_grad=True)):
             h, w, _, target = operands(rows=rows, several=2)
@@ -134,6 +136,7 @@ def test_no_row_counts(name, rows):
             assert loss == 0
             assert all(g.eq(0).all() for g in torch.autograd.grad(loss, (h, w, b)))
             assert linear_loss(h, w, target, make(name, reduction="none"), bias=b).eq(torch.zeros(rows)).all()
+        assert linear_loss(h, w * torch.nan, target, make(name), bias=b) == 0
 
 
 def test_an_ignored_row_may_hold_anything():
@@ -206,6 +209,19 @@ def test_no_worse_than_float32_scores_rounded_once(name, dtype, rows, shift, wit
         assert g.dtype == dtype and error(g, t) <= FACTOR * error(r, t) + 1e-6, tuple(x.shape)
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("rows", [30, 300], ids=["few rows", "many rows"])
+def test_wide_layers_on_every_backend(backend, dtype, rows):
+    """Gram matrices in panels, several blocks, sums that only the last columns show."""
+    h, w, _, target = operands(dtype, rows=rows, width=261, classes=3000)
+    wide = [x.detach().double().requires_grad_() for x in (h, w)]
+    loss, truth = linear_loss(h, w, target, make("taylor")), on_scores(*wide, target, make("taylor"))
+    assert error(loss, truth) < 1e-6
+    bound = 2e-6 if dtype == F32 else 3e-3
+    for g, t in zip(torch.autograd.grad(loss, (h, w)), torch.autograd.grad(truth, wide)):
+        assert error(g, t) < bound and error(g[..., -5:], t[..., -5:]) < bound
+
+
 @pytest.mark.parametrize("kinds", [(BF16, F32), (F32, BF16), (F64, F32), (F16, F64)], ids=str)
 def test_features_of_another_type_than_the_weight(kinds):
     h, w, b = torch.randn(ROWS, WIDTH), torch.randn(CLASSES, WIDTH), torch.randn(CLASSES)
@@ -234,6 +250,22 @@ def test_neither_autocast_nor_low_precision_products():
     assert torch.equal(got, truth)
     for g, t in zip(grads, torch.autograd.grad(truth, (h, w, b))):
         assert torch.equal(g, t)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_products_are_exact_and_the_settings_come_back(kind):
+    owner = {"cpu": torch.backends.mkldnn.matmul, "cuda": torch.backends.cuda.matmul}[kind]
+    before = torch.get_float32_matmul_precision()
+    try:
+        for setting in ("medium", "highest"):
+            torch.set_float32_matmul_precision(setting)
+            outside = owner.fp32_precision
+            with pytest.raises(KeyError), exact(torch.device(kind)):
+                assert owner.fp32_precision == "ieee"
+                raise KeyError
+            assert owner.fp32_precision == outside and torch.get_float32_matmul_precision() == setting
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 # --- derivatives again ------------------------------------------------------------------------------------------------

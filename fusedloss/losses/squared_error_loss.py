@@ -42,6 +42,7 @@ def squared_error_loss(
 
     Like Hui and Mikhail Belkin, "Evaluation of Neural Architectures Trained with Square Loss vs Cross-Entropy in
     Classification Tasks", ICLR 2021, arXiv 2006.07322 (rescaled for many classes, such as k = 15, M = 30 on ImageNet).
+    With several targets to a row all of them have the target's term, and the other classes count once.
 
         value: M, the score that the target should have. k: weight of the target's term, ≥ 0.
         mean_over_classes: False leaves out 1 / V; with k = 1 that is ‖s − M e_y‖², the squared error of the spherical
