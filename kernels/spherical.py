@@ -1,7 +1,7 @@
 """What a step of the factored layer does beside its products: fusedloss/spherical/steps.py in a few launches.
 
-Numbers of a row and all that is d × d are float64, matrices of m rows are of P's type. A number of the host is a pair of
-fp32 ones, whose sum has 48 bits: as one, an argument would be rounded to 24. Matrices are contiguous, but for P.
+Numbers of a row and all that is d × d are float64, matrices of m rows are of P's type. A number of the host is a pair
+of fp32 ones, whose sum has 48 bits: one argument has 24. Matrices are contiguous, but for P. Not run on a GPU so far.
 """
 
 import triton
@@ -287,7 +287,8 @@ def fold(p, p_stride, u, scratch, sizes, parts, classes, width, limit, R: tl.con
                 found = tl.zeros([R, BN], p.dtype.element_ty)
                 for k in range(0, width, BK):
                     inner = k + depth
-                    a = tl.load(mine + inner[None, :], mask=(row < classes)[:, None] & (inner < width)[None, :], other=0.0)
+                    here = (row < classes)[:, None] & (inner < width)[None, :]
+                    a = tl.load(mine + inner[None, :], mask=here, other=0.0)
                     at = inner[:, None] * width + d[None, :]
                     b = tl.load(u + at, mask=(inner < width)[:, None] & (d < width)[None, :], other=0.0)
                     found = tl.dot(a, b.to(a.dtype), found, input_precision="ieee", out_dtype=found.dtype)
@@ -328,8 +329,8 @@ def segments(keys, order, alpha, rows, instead, folded, out, out_stride, classes
              ADD: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Σ α rows over the examples of each class, from targets sorted into `keys`, each from place `order`.
 
-    Who has the first of a class owns it and sums up all of it, R at a time, in the order of the examples: no atomics, the
-    same bits every time. ADD: out[class] −= lr Σ. Else out[place of the first] = Σ, and 0 at the other places. Of
+    Who has the first of a class owns it and sums up all of it, R at a time, in the order of the examples: no atomics,
+    the same bits every time. ADD: out[class] −= lr Σ. Else out[place of the first] = Σ, and 0 at the other places. Of
     `instead` rather than `rows` where P was folded.
     """
     place, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

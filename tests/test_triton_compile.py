@@ -39,10 +39,12 @@ COLUMN_REGISTERS = {"statistics": 232, "gradient": 200}  # a program of one warp
 SPILLED = {}  # bytes, by kernel and title
 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):  # measured with 3.6 and its ptxas 12.8
     PLAIN_REGISTERS = {"statistics": 120, "gradient": 104}  # 119 ("others") and 101 ("smooth")
+    REGISTERS |= {"column_sums": 112, "fold": 168}
+    SEVERAL_REGISTERS = {"visit": 176}  # 175
     SPILLED = {("statistics", "list"): 8}  # 8
 SHARED = {"linear_statistics": 128 << 10, "linear_gradient": 128 << 10}  # a pipeline of four steps
 SHARED |= {"gradient": 16 << 10, "gradient_of_exponentials": 8 << 10}
-SHARED |= {"visit": 4 << 10, "backward": 4 << 10, "prepare": 4 << 10, "grams": 8 << 10, "state": 8 << 10, "fold": 8 << 10}
+SHARED |= dict.fromkeys(("visit", "backward", "prepare"), 4 << 10) | dict.fromkeys(("grams", "state", "fold"), 8 << 10)
 COLUMN_SHARED = SHARED | {"statistics": 2 << 10, "gradient": 8 << 10}
 MOST_SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 MATRIX = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "mfma"}

@@ -1,14 +1,15 @@
-"""steps.py for CUDA and ROCm devices: its products by cuBLAS or hipBLAS, all else in Triton kernels (kernels/spherical.py).
+"""steps.py for CUDA and ROCm devices: products by cuBLAS or hipBLAS, all else in Triton (kernels/spherical.py).
 
-A step is some thirty launches, which take longer to start than to run; what matters is how few they are, and that nothing
-waits for the device. So no number is read back, there is no `unique`, shapes depend on shapes alone, and a CUDA graph
-can record a step. What steps.py decides by reading a pivot is decided on the device: U′ = U E and its inverse are formed
-first; where ‖U′‖ ‖U′⁻¹‖ / d is above `condition_limit`, or no number because E has no inverse, one kernel multiplies P
-by U′, block by block, and the next ones find U = 1. Where it is not, which is nearly always, that kernel returns at
-once. It is steps.py's folding, and it is also all the upkeep that U needs: what it leaves need not be rebalanced.
+A step is some forty launches, which take longer to start than to run: what matters is how few they are, and that
+nothing waits for the device. So no number is read back, there is no `unique`, shapes depend on shapes alone, and a CUDA
+graph can record a step. What steps.py decides by reading a pivot is decided on the device. U′ = U E and its inverse are
+formed first; where ‖U′‖ ‖U′⁻¹‖ / d is above `condition_limit`, or no number because E has no inverse, one kernel
+multiplies P by U′, a block of rows at a time, and the next ones make U = 1 and use H for H U′⁻¹. Where it is not, which
+is nearly always, that kernel returns at once. It is the folding of steps.py, and all the upkeep that U needs: after a
+step there is nothing to rebalance, so nobody has to ask for `condition()`, which waits.
 
 Same inputs, same bits: sums over examples are taken by one owner in the order of the examples, without atomics. TF32 is
-refused whatever PyTorch is set to. Not run on a GPU so far: checked in Triton's interpreter and by compiling it.
+refused, whatever PyTorch is set to. Not run on a GPU so far: checked in Triton's interpreter, and compiled.
 """
 
 from __future__ import annotations
