@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 
-import torch
 import triton
 from torch import Tensor
 
@@ -14,7 +14,6 @@ from .factors import Factors
 from .family import Member
 from .steps import Batch, Visit
 
-F64 = torch.float64
 ELEMENTS, WIDEST = 2048, 512  # of gathered rows in registers of one program, and of one of them, at most
 SLOTS = 8  # targets of a row at a time, at most
 SQUARE = 32  # rows and columns of a block of a square matrix
@@ -27,7 +26,7 @@ FOLDING, SCRATCH = 256, 16 << 20  # programs, and bytes that they share, at most
 
 def pair(x: float) -> tuple[float, float]:
     """Two numbers of fp32 whose sum is x: a kernel takes no float64 as an argument."""
-    high = torch.tensor(x, dtype=torch.float32).item()
+    high = ctypes.c_float(x).value
     return high, x - high if math.isfinite(high) else 0.0
 
 

@@ -1,12 +1,13 @@
 """steps.py for CUDA and ROCm devices: products by cuBLAS or hipBLAS, all else in Triton (kernels/spherical.py).
 
-A step is some forty launches, which take longer to start than to run: what matters is how few they are, and that
-nothing waits for the device. So no number is read back, there is no `unique`, shapes depend on shapes alone, and a CUDA
-graph can record a step. What steps.py decides by reading a pivot is decided on the device. U′ = U E and its inverse are
-formed first; where ‖U′‖ ‖U′⁻¹‖ / d is above `condition_limit`, or no number because E has no inverse, one kernel
-multiplies P by U′, a block of rows at a time, and the next ones make U = 1 and use H for H U′⁻¹. Where it is not, which
-is nearly always, that kernel returns at once. It is the folding of steps.py, and all the upkeep that U needs: after a
-step there is nothing to rebalance, so nobody has to ask for `condition()`, which waits.
+Forward, backward and step are some thirty operations (a hundred and forty in steps.py), which take longer to start than
+to run; what matters is how few they are, and that nothing waits for the device. No number is read back, there is no
+`unique`, shapes depend on shapes alone: a CUDA graph can record a step. What steps.py decides by reading a pivot is
+decided on the device. U′ = U E and its inverse are formed first; where ‖U′‖ ‖U′⁻¹‖ / d is above `condition_limit`, or
+no number because E has no inverse, one kernel multiplies P by U′, a block of rows at a time, and the next ones make
+U = 1 and use H for H U′⁻¹. Where it is not, which is nearly always, that kernel returns at once. It is the folding of
+steps.py, and all the upkeep that U needs: after a step there is nothing to rebalance, so nobody has to ask for
+`condition()`, which waits.
 
 Same inputs, same bits: sums over examples are taken by one owner in the order of the examples, without atomics. TF32 is
 refused, whatever PyTorch is set to. Not run on a GPU so far: checked in Triton's interpreter, and compiled.

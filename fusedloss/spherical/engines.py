@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from types import ModuleType
 
 import torch
 
 from .. import backends
+from . import steps
 from .factors import Factors
-
-ENGINES = {"cpu": "steps", "triton": "device_steps", "torch": "steps"}  # by backend; the `cuda` kernels have none
 
 
 def engine(f: Factors) -> ModuleType:
-    """That of the first live backend for where the factors lie; of float64 factors too, whatever its tiles are of."""
+    """The fastest one for where the factors lie."""
+    return _device_steps(f.p.device) or steps
+
+
+def _device_steps(device: torch.device) -> ModuleType | None:
+    """Triton's, where that backend is the first live one: the `cuda` kernels have none. Of float64 factors too."""
     for backend in backends.BACKENDS:
-        if backend.name in ENGINES and backend.supports(f.p.device, torch.float32) and backend.why_not() is None:
+        if backend is not backends.cuda and backend.supports(device, torch.float32) and backend.why_not() is None:
             break
-    return import_module(f".{ENGINES[backend.name]}", __package__)
+    if backend is not backends.triton:
+        return None
+    from . import device_steps  # not above: it imports triton
+
+    return device_steps
