@@ -73,7 +73,9 @@ class Clock:
 failures: list[str] = []  # of ours; the run goes on, and fails at its end
 
 
-def measure(case: str, calls: dict[str, Call], check: Callable[[Call], None], clock: Clock, about, quick: bool):
+def measure(
+    case: str, calls: dict[str, Call], check: Callable[[Call], None], clock: Clock, about, quick: bool, dtype="bf16"
+):
     """Rows of one case. A contender that fails (out of memory, wrong answer) is told and left out."""
     peaks, notes = {}, {}
     for name, call in list(calls.items()):
@@ -99,7 +101,7 @@ def measure(case: str, calls: dict[str, Call], check: Callable[[Call], None], cl
     median = {name: statistics.median(values) for name, values in times.items()}
     least = min(seconds for name, seconds in median.items() if name.startswith("floor"))
     fields = lambda name: (1e3 * median[name], median[name] / least, peaks[name] / MIB, 0.0, 0, rounds, 0.0)  # noqa: E731
-    return [Row(*about, case, "bf16", name, *fields(name), notes.get(name, "")) for name in calls]
+    return [Row(*about, case, dtype, name, *fields(name), notes.get(name, "")) for name in calls]
 
 
 def versions() -> str:

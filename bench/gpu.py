@@ -1,5 +1,5 @@
-"""The benchmark of `make gpu`: linear_cross_entropy, cross_entropy and the contrastive losses on a GPU, beside the bare
-GEMMs and the peers.
+"""The benchmark of `make gpu`: linear_cross_entropy, cross_entropy, the contrastive losses and the factored layer on a
+GPU, beside the bare GEMMs and the peers.
 
     python bench/gpu.py --rows bench/results/h200.csv          # on a CUDA device
     python bench/gpu.py --device cpu --quick                   # a dry run of the same code, tiny, without a GPU
@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
 import gpu_contrastive
+import gpu_spherical
 import torch
 import torch.nn.functional as F
 from cases import chunked, compiled, eager, eager_fp32, floor, has_chunked, ours, shape_name, step
@@ -158,6 +159,7 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, help="append the rows to this CSV file; a PNG of the same name beside it")
     parser.add_argument("--shapes", type=int, nargs="*", help="only these of the linear shapes, by number")
     parser.add_argument("--contrastive", type=int, nargs="*", help="only these of the contrastive shapes, by number")
+    parser.add_argument("--factored", type=int, nargs="*", help="only these of the factored shapes, by number")
     given = parser.parse_args()
     device = torch.device(given.device)
     if device.type == "cpu" and backends.triton.interpreted():
@@ -191,6 +193,13 @@ def main() -> None:
     for case, calls, check in gpu_contrastive.cases(device, given.quick, given.contrastive):
         about = machine, commit(), versions()
         rows += measure(case, calls, check, clock, about, given.quick)
+        report(rows, given.rows)
+        del calls, check
+        if clock.cuda:
+            torch.cuda.empty_cache()
+    for case, calls, check in gpu_spherical.cases(device, given.quick, given.factored):
+        about = machine, commit(), versions()
+        rows += measure(case, calls, check, clock, about, given.quick, dtype="fp32")
         report(rows, given.rows)
         del calls, check
         if clock.cuda:

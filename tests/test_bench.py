@@ -34,7 +34,7 @@ def test_the_gpu_benchmark_dry(tmp_path):
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
     assert run.returncode == 0, run.stdout + run.stderr
     measured = list(csv.DictReader(rows.open(newline="")))
-    assert len({row["case"] for row in measured}) == 5
+    assert len({row["case"] for row in measured}) == 6
     for case in ("sigmoid 96x32", "clip 96x32"):
         ways = {row["contender"] for row in measured if row["case"] == case}
         assert {"fusedloss", "fusedloss, cpu", "torch, dense", "floor: GEMMs, unchunked"} <= ways
@@ -45,4 +45,8 @@ def test_the_gpu_benchmark_dry(tmp_path):
     if importlib.util.find_spec("triton"):
         ways = ("chunked", "chunked, one kernel", "streamed")
         assert {f"fusedloss, triton, {way}" for way in ways} <= linear
+    factored = {row["contender"] for row in measured if row["case"] == "factored 8x16x300"}
+    assert {"fusedloss", "fusedloss, plain torch", "torch, dense", "floor: products"} <= factored
+    if importlib.util.find_spec("triton"):
+        assert "fusedloss, triton" in factored
     assert all(float(row["ms"]) > 0 for row in measured)

@@ -10,6 +10,9 @@ from tolerance import check_linear_gradients, check_loss, check_score_gradient, 
 
 import fusedloss as fl
 from fusedloss.losses import LOSSES, function_of, hyperparameters, name_of
+from fusedloss.spherical import engines
+from fusedloss.spherical.factors import Factors
+from fusedloss.spherical.family import MEMBERS, member
 
 N, D, V = 37, 64, 1500
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -140,6 +143,91 @@ def test_targets_out_of_range(backend, device):
     assert loss.isnan() and torch.autograd.grad(loss, x)[0].isnan().all()
     with pytest.raises(IndexError, match=f"element 4 of the flat target\\] = {V}"):
         fl.check()
+
+
+# --- the factored layer ----------------------------------------------------------------------------------------------
+
+FACTORED = (5000, 64)  # classes, features
+
+
+def factored_problem(dtype, rows):
+    """Factors of some weight, and what two steps are made of: features, targets of which some come twice, shares."""
+    p = torch.randn(FACTORED, dtype=torch.float64).to(dtype)
+    batches = [torch.randn(rows, FACTORED[1], dtype=torch.float64).to(dtype) for _ in range(2)]
+    target = torch.randint(0, 20, (rows, 1))
+    return Factors.of(p), batches, target, torch.ones(rows, 1, dtype=torch.float64)
+
+
+def factored_step(f, h, target, share, loss, lr):
+    """(losses, gradient of the features) of a step of SGD on the sum of the losses."""
+    engine = engines.engine(f)
+    visited = engine.visit(f, h, target, share, loss)
+    dh, batch = engine.backward(f, visited, torch.ones_like(visited.losses))
+    engine.step(f, batch, lr, 0.1)
+    return visited.losses, dh
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rows", "module"),
+    [(torch.float64, 24, module) for module in MEMBERS]
+    + [(torch.float64, 72, module) for module in (MEMBERS[0], MEMBERS[3])]
+    + [(torch.float32, rows, MEMBERS[3]) for rows in (24, 72)],
+    ids=lambda given: name_of(given) if given in MEMBERS else str(given),
+)
+def test_factored_steps(backend, dtype, rows, module):
+    """As dense SGD on the whole weight. The squared error's steps are as long as makes U singular: P takes it over."""
+    f, batches, target, share = factored_problem(dtype, rows)
+    w, limit = f.p.clone().double(), 1e-12 if dtype == torch.float64 else 1e-5
+    options = {MEMBERS[0]: dict(mean_over_classes=False), MEMBERS[1]: dict(eps=1.0)}.get(module, {})
+    loss = member("tests", getattr(fl.nn, module_of(module))(**options))
+    for h in batches:
+        lr = 1 / (2 * torch.linalg.matrix_norm(h, 2).square().item() + 0.1) if module is MEMBERS[0] else 0.1
+        losses, dh = factored_step(f, h, target, share, loss, lr)
+        x, w = h.double().requires_grad_(), w.detach().requires_grad_()
+        truth = module.reference(x @ w.t(), target[:, 0], **options)
+        dx, dw = torch.autograd.grad(truth.sum(), (x, w))
+        w = (1 - 0.1 * lr) * w.detach() - lr * dw
+        assert error(losses, truth) < limit and error(dh, dx) < limit
+        assert (f.u == torch.eye(FACTORED[1])).all() == (module is MEMBERS[0])
+    assert error(f.rows(torch.arange(FACTORED[0])), w) < limit
+
+
+def module_of(module):
+    return "".join(part.capitalize() for part in name_of(module).split("_"))
+
+
+def test_factored_steps_have_the_same_bits(backend):
+    loss = member("tests", fl.nn.SphericalZLoss())
+    found = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        f, batches, target, share = factored_problem(torch.float32, 24)
+        made = [factored_step(f, h, target, share, loss, 1.0) for h in batches]
+        found.append([*vars(f).values(), *(t for pair in made for t in pair)])
+    assert all(torch.equal(one, two) for one, two in zip(*found))
+
+
+@pytest.mark.unpoisoned
+def test_cuda_graph_of_factored_steps(device, backend):
+    if device.type != "cuda" or backend != "triton":
+        pytest.skip("needs a CUDA device: graphs")
+    f, (h, other), target, share = factored_problem(torch.float32, 24)
+    loss = member("tests", fl.nn.SphericalZLoss())
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            factored_step(f, h, target, share, loss, 1.0)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = factored_step(f, h, target, share, loss, 1.0)
+    same = Factors(**{name: t.clone() for name, t in vars(f).items()})
+    h.copy_(other)
+    graph.replay()
+    for got, expected in zip(recorded, factored_step(same, other, target, share, loss, 1.0)):
+        assert torch.equal(got, expected)
+    assert all(torch.equal(getattr(f, name), t) for name, t in vars(same).items())
 
 
 @pytest.mark.unpoisoned

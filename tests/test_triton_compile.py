@@ -22,20 +22,35 @@ REGISTERS = {
     "merge_parts": 64,
     "linear_statistics": 255,
     "linear_gradient": 255,
+    # The factored layer's: many short programs, whose launch takes longer than they do.
+    "visit": 64,
+    "backward": 40,
+    "prepare": 48,
+    "column_sums": 96,
+    "grams": 88,
+    "state": 96,
+    "fold": 136,
+    "settle": 40,
+    "segments": 80,
 }
+SEVERAL_REGISTERS = {"visit": 168}  # several targets of a row at a time, their losses in float64
 PLAIN_REGISTERS = {"statistics": 112, "gradient": 96}  # where raw scores are the scores
 COLUMN_REGISTERS = {"statistics": 232, "gradient": 200}  # a program of one warp, and of four where sums are gathered
 SPILLED = {}  # bytes, by kernel and title
 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):  # measured with 3.6 and its ptxas 12.8
     PLAIN_REGISTERS = {"statistics": 120, "gradient": 104}  # 119 ("others") and 101 ("smooth")
+    REGISTERS |= {"column_sums": 112, "fold": 168}
+    SEVERAL_REGISTERS = {"visit": 176}  # 175
     SPILLED = {("statistics", "list"): 8}  # 8
 SHARED = {"linear_statistics": 128 << 10, "linear_gradient": 128 << 10}  # a pipeline of four steps
 SHARED |= {"gradient": 16 << 10, "gradient_of_exponentials": 8 << 10}
+SHARED |= dict.fromkeys(("visit", "backward", "prepare"), 4 << 10) | dict.fromkeys(("grams", "state", "fold"), 8 << 10)
 COLUMN_SHARED = SHARED | {"statistics": 2 << 10, "gradient": 8 << 10}
 MOST_SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 MATRIX = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "mfma"}
 PRODUCTS = {"linear_statistics", "linear_gradient"}
-KERNELS = PRODUCTS | {"statistics", "merge_parts", "gradient", "gradient_of_exponentials", "derivatives"}
+FACTORED = {"visit", "backward", "prepare", "column_sums", "grams", "state", "fold", "settle", "segments"}
+KERNELS = PRODUCTS | FACTORED | {"statistics", "merge_parts", "gradient", "gradient_of_exponentials", "derivatives"}
 
 
 @pytest.mark.parametrize("target", MATRIX)
@@ -57,6 +72,7 @@ def test_kernels_compile_within_their_budget(target, tmp_path):
             over.append(each)
         if target == "sm_90":
             special = COLUMN_REGISTERS if columns else PLAIN_REGISTERS if plain else {}
+            special = SEVERAL_REGISTERS if "several targets" in each["title"] else special
             registers = special.get(kernel, REGISTERS[kernel])
             if each["registers"] > registers or each["spilled"] > SPILLED.get((kernel, each["title"]), 0):
                 over.append(each)

@@ -17,7 +17,12 @@ from triton.compiler import ASTSource
 
 from fusedloss.backends import triton_launch, triton_linear_gradient
 from fusedloss.backends.tile import Across, Exponentials, Sums, Tile
+from fusedloss.nn import SphericalSoftmaxLoss, SphericalZLoss, SquaredErrorLoss, TaylorSoftmaxLoss
 from fusedloss.relation import Other, Rest, Same
+from fusedloss.spherical import device_launches
+from fusedloss.spherical.factors import Factors
+from fusedloss.spherical.family import member
+from fusedloss.spherical.steps import Batch, Visit
 from fusedloss.statistics import (
     LOG_FUNCTIONS,
     Count,
@@ -44,6 +49,7 @@ NAMES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.int64: "i64",
+    torch.int32: "i32",
 }
 
 
@@ -152,6 +158,7 @@ def launches(hip: bool):
         launched = triton_linear_gradient.launches(x, weight, tile, half, stats, *given, hip=hip)
         yield from ((name + how, launch) for launch in launched)
     yield from similarity_launches(hip)
+    yield from spherical_launches()
 
 
 def similarity_launches(hip: bool):
@@ -231,11 +238,42 @@ def similarity_launches(hip: bool):
         yield from ((f"{name} with options", launch) for launch in launched)
 
 
+def spherical_launches():
+    """Those of the factored layer's step, at the size of its paper's layer: a width that is no power of two, one target
+    to a row and several, products of fp32 and of fp64."""
+    m, d, n, lr = 256, 513, 4096, 0.1
+    wide = torch.empty(d, d, dtype=torch.float64)
+    for dtype, targets in ((torch.float32, 1), (torch.float32, 20), (torch.float64, 1)):
+        f = Factors(torch.empty(n, d, dtype=dtype), wide, wide, wide, wide[0].clone(), wide[0].clone())
+        alpha, row = torch.empty(m, targets, dtype=torch.float64), torch.empty(m, dtype=torch.float64)
+        h, at, square = torch.empty(m, d, dtype=dtype), torch.zeros(m, targets).long(), torch.empty(d, d, dtype=dtype)
+        visit, batch = Visit(row, alpha, row, row, h, at, h, h, h), Batch(alpha, row, row, h, at, h, h, h)
+        weights, product = torch.empty(3, m, dtype=torch.float64), torch.empty(m, m, dtype=dtype)
+        sums = torch.empty(device_launches.parts_of(m), 3, d, dtype=torch.float64)
+        sizes, folded = torch.empty(2, device_launches.squares_of(d)).double(), torch.zeros(1, dtype=torch.int32)
+        keys, rows = at.flatten(), torch.empty(m * targets, d, dtype=dtype)
+        title = "factored" if targets == 1 else "factored, several targets"
+        for loss in (SphericalZLoss(), TaylorSoftmaxLoss(), SphericalSoftmaxLoss(), SquaredErrorLoss()):
+            yield title, device_launches.visit(f, visit, alpha, member("tests", loss))
+        yield title, device_launches.backward(f, visit, row, h, h, batch)
+        yield title, device_launches.prepare(f, batch, at, h, h, weights)
+        yield title, device_launches.column_sums(h, weights, sums)
+        yield title, device_launches.grams(f, product, product, row, weights, product, lr, 1.0)
+        for changes in ((square,) * 3, (wide, wide, square)):
+            yield title, device_launches.state(f, changes, sizes, lr, 1.0)
+        yield title, device_launches.fold(f, sizes, 8.0)
+        yield title, device_launches.settle(f, sums, sizes, folded, lr, 1.0, 8.0)
+        for out in (rows, f.p):
+            yield title, device_launches.segments(f, keys, keys, batch, h, folded, out, lr)
+
+
 if __name__ == "__main__":
     for name in sys.argv[1:]:
         seen = set()
         for title, launch in launches(TARGETS[name].backend == "hip"):
-            key = (launch.kernel.__name__, repr(launch.constants), "options" in title and "vectors" in launch.arguments)
+            key = launch.kernel.__name__, repr(launch.constants), "options" in title and "vectors" in launch.arguments
+            if title.startswith("factored"):  # compiled for two types of P
+                key += (str([signature_of(value, (0,), {}, {}) for value in launch.arguments.values()]),)
             if key not in seen:
                 seen.add(key)
                 found = takes(compiled(launch, TARGETS[name]))

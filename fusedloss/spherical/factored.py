@@ -179,15 +179,21 @@ class FactoredLinear(FactoredWeight):
                 return False
             batch = batch if scale == 1 else batch.scaled(scale)
             self._lr = lr
-            if self.momentum:
-                moving.step(self.factors, batch, lr, weight_decay, self.momentum, self.nesterov)
-            elif preconditioner is not None:
-                preconditioned.step(self.factors, batch, lr, weight_decay, preconditioner)
-            else:
-                engine(self.factors).step(self.factors, batch, lr, weight_decay)
-            self._mend()
+            self._descend(batch, lr, weight_decay, preconditioner)
         self._queue.changed()
         return True
+
+    def _descend(self, batch: Batch, lr: float, decay: float, preconditioner: Tensor | Callable | None) -> None:
+        f, by = self.factors, engine(self.factors)
+        if self.momentum:
+            moving.step(f, batch, lr, decay, self.momentum, self.nesterov)
+        elif preconditioner is not None:
+            preconditioned.step(f, batch, lr, decay, preconditioner)
+        elif by.upkeep:
+            return by.step(f, batch, lr, decay, self.condition_limit)
+        else:
+            by.step(f, batch, lr, decay)
+        self._mend()
 
     def _mend(self) -> None:
         """Rebalance where U needs it: ill-conditioned, or grown or shrunk as a whole, as by weight decay."""

@@ -19,6 +19,7 @@ from .factors import Factors
 from .family import Member
 from .steps import F64, Batch, Visit
 
+upkeep = False
 I64 = torch.int64
 LETTERS = {torch.float32: "s", F64: "d"}
 ROUTINES = ("gemm", "getrf", "trsm")

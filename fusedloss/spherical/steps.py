@@ -16,6 +16,7 @@ from .factors import Factors, multiply
 from .family import Member
 
 F64 = torch.float64
+upkeep = False
 
 
 @dataclass
