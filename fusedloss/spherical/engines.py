@@ -13,18 +13,13 @@ from .factors import Factors
 
 
 def engine(f: Factors) -> ModuleType:
-    """The fastest one for where the factors lie."""
-    native = native_steps.supports(f.p) and native_steps.why_not() is None
-    return _device_steps(f.p.device) or (native_steps if native else steps)
-
-
-def _device_steps(device: torch.device) -> ModuleType | None:
-    """Triton's, where that backend is the first live one: the `cuda` kernels have none. Of float64 factors too."""
+    """That of the first live backend for where the factors lie; the `cuda` kernels have none."""
     for backend in backends.BACKENDS:
-        if backend is not backends.cuda and backend.supports(device, torch.float32) and backend.why_not() is None:
-            break
-    if backend is not backends.triton:
-        return None
-    from . import device_steps  # not above: it imports triton
+        if backend.supports(f.p.device, torch.float32) and backend.why_not() is None:
+            if backend is backends.triton:  # of float64 factors too
+                from . import device_steps  # not above: it imports triton
 
-    return device_steps
+                return device_steps
+            if backend is backends.cpu and native_steps.supports(f.p) and native_steps.why_not() is None:
+                return native_steps
+    return steps
