@@ -156,9 +156,11 @@ class Tasks {
   // `work` is about that many multiply-adds of a product; small calls are not worth waking threads.
   Tasks(const fl_blas& blas, double work) : blas_(blas), threads_(work > 5e5 ? omp_get_max_threads() : 1) {}
 
-  static constexpr int64_t kRows = 64;
-  // Rows to a slice, in equal slices.
-  static int64_t height(int64_t rows) { return rows ? divide_up(divide_up(rows, divide_up(rows, kRows)), 8) * 8 : 1; }
+  // Rows to a slice, of equal slices: at least 64 or so up to four of them, then 128, which products are faster on.
+  static int64_t height(int64_t rows) {
+    const int64_t slices = std::max(divide_up(rows, 128), std::min<int64_t>(4, divide_up(rows, 64)));
+    return rows ? divide_up(divide_up(rows, slices), 8) * 8 : 1;
+  }
 
   template <class Work>
   void add(Work work) {

@@ -139,6 +139,19 @@ def test_a_step_is_gradient_descent_on_the_dense_weight(m, d, k, decay, dtype, t
     assert error(f.inverse @ f.u, torch.eye(d, dtype=F64)) < tolerance
 
 
+@pytest.mark.parametrize("dtype,tolerance", ((F64, 1e-10), (F32, 3e-3)), ids=str)
+@pytest.mark.parametrize("m,d", ((9, 16), (40, 16), (70, 90), (100, 70)))
+def test_a_step_far_too_large(m, d, dtype, tolerance):
+    """E has entries of all sizes beside its diagonal: rows are exchanged while it is factorised."""
+    loss = member("test", LOSSES["squared"])
+    f, _ = twice(d, dtype)
+    given = examples(m, d, 2, dtype)
+    _, _, wanted = dense_step(dense(f), *given, loss, 20.0, 0.01)
+    native_step(f, *given, loss, 20.0, 0.01)
+    assert error(dense(f), wanted) < tolerance
+    assert error(f.inverse @ f.u, torch.eye(d, dtype=F64)) < tolerance
+
+
 @pytest.mark.parametrize("isa", ("portable", "avx2", "avx512"))
 @pytest.mark.parametrize("dtype", (F64, F32), ids=str)
 def test_every_instruction_set(isa, dtype):
