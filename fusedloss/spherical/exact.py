@@ -1,4 +1,4 @@
-"""Products of the factored layer's state are never rounded to a narrower type, whatever the program around it asks for."""
+"""Products of the factored layer's state keep the digits of their type, whatever the program around it asks for."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""How autograd sees a factored layer: gradients of the features flow back, those of the weight are queued in the layer."""
+"""How autograd sees a factored layer: gradients of the features flow back, those of the weight wait in a queue."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
 
 import torch
@@ -11,29 +12,32 @@ from ..checks import expect
 from .engines import engine
 from .exact import exact
 from .factors import Factors
+from .family import Member
 from .steps import Batch, Visit
 
 _NAMES = [field.name for field in fields(Visit)]
 
 
 class Queue:
-    """Batches of backward passes since the last step, all of one W; `version` counts the changes of the factors."""
+    """Batches of the backward passes since the last step, all of one W; `version` counts changes of the factors."""
 
     def __init__(self):
-        self.version, self.batches = 0, []
+        self.version = 0
+        self.batches: list[Batch] = []
+        self.joined: Batch | None = None  # of earlier ones: of all ranks where there are several
 
-    def changed(self) -> None:
-        """The factors are others now; what waits was for those before."""
+    def changed(self, keep: Callable[[Batch], Batch] | None = None) -> None:
+        """The factors are others now. What waits was of those before: dropped, unless `keep` makes it anew."""
         self.version += 1
-        self.batches.clear()
+        self.batches = [] if keep is None else [keep(batch) for batch in self.batches]
+        self.joined = None if keep is None or self.joined is None else keep(self.joined)
 
     def check(self, version: int) -> None:
         """Called in backward: first derivatives only, and of the factors that forward saw."""
-        name = "FactoredLinear"
-        once = not torch.is_grad_enabled()
-        expect(once, name, "backward", "no create_graph: there are no second derivatives", "create_graph", RuntimeError)
-        stale = "factors as they were in forward, which a step, rebalance or load has changed since"
-        expect(version == self.version, name, "backward", stale, f"version {self.version} of {version}", RuntimeError)
+        once, same = not torch.is_grad_enabled(), version == self.version
+        expect(once, "FactoredLinear", "backward", "first derivatives only", "create_graph=True", RuntimeError)
+        expected = "the weight as forward saw it"
+        expect(same, "FactoredLinear", "backward", expected, "one that step or a load has changed since", RuntimeError)
 
 
 def leaf(wanted: bool) -> Tensor:
@@ -45,7 +49,9 @@ class Losses(torch.autograd.Function):
     """(m,) float64 losses of features (m, w) of P's dtype; backward queues a batch if `leaf` requires a gradient."""
 
     @staticmethod
-    def forward(ctx, h: Tensor, leaf: Tensor, queue: Queue, f: Factors, loss, target: Tensor, share: Tensor) -> Tensor:
+    def forward(
+        ctx, h: Tensor, leaf: Tensor, queue: Queue, f: Factors, loss: Member, target: Tensor, share: Tensor
+    ) -> Tensor:
         # A copy: between backward and step an optimizer may change features in place.
         h = h.detach().clone(memory_format=torch.contiguous_format)
         with exact(h.device):
@@ -65,7 +71,7 @@ class Losses(torch.autograd.Function):
 
 
 class PickedRows(torch.autograd.Function):
-    """W[index], whole rows of the factors; backward queues ∂L/∂W[index]: what of a loss Σ g · W[index] it would be."""
+    """W[index] (*index.shape, w); backward queues the gradient g as that of a loss Σ g · w_c of scores g · w_c."""
 
     @staticmethod
     def forward(ctx, leaf: Tensor, queue: Queue, f: Factors, index: Tensor) -> Tensor:
@@ -80,7 +86,7 @@ class PickedRows(torch.autograd.Function):
         ctx.queue.check(ctx.version)
         (index,) = ctx.saved_tensors
         g = upstream.reshape(-1, upstream.shape[-1]).clone(memory_format=torch.contiguous_format)
-        if len(g) and ctx.needs_input_grad[0]:
+        if len(g):
             one = torch.ones(len(g), dtype=torch.float64, device=g.device)
             with exact(g.device):
                 batch = Batch.of(ctx.f, g, index.reshape(-1, 1), one.unsqueeze(1), one, torch.zeros_like(one))
