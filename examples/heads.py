@@ -1,7 +1,6 @@
-"""The output layers that are compared: each with an optimizer of its own, tuned by itself (docs/spherical.md says how)."""
+"""The output layers that are compared: each with its own optimizer, tuned by itself (docs/spherical.md says how)."""
 
 from __future__ import annotations
-
 
 import torch
 import torch.nn.functional as F
@@ -88,6 +87,7 @@ class Adaptive(Head):
     def __init__(self, width: int, classes: int, rows=256, lr=3e-3, first=4000, narrower=4.0) -> None:
         super().__init__()
         self.rows, self.lr, self.settings = rows, lr, f"Adam {lr:g}, batch {rows}"
+        first = min(first, classes // 5)
         cutoffs = [cut for cut in (first, 5 * first, 25 * first) if cut < classes]
         self.layer = nn.AdaptiveLogSoftmaxWithLoss(width, classes, cutoffs, div_value=narrower)
         self.optimizer = torch.optim.Adam(self.layer.parameters(), fused=True)
@@ -101,4 +101,7 @@ class Adaptive(Head):
 
 HEADS = {"spherical": Spherical, "fused": FusedSoftmax, "softmax": Softmax, "adaptive": Adaptive}
 
-SWEEP = [{"a": a, "b": b} for a, b in ((1.0, 0.0), (1.0, 5.0), (1.0, 13.0), (1.0, 40.0), (1.0, 120.0), (0.2, 40.0), (5.0, 40.0))]
+SWEEP = [
+    {"a": a, "b": b}
+    for a, b in ((1.0, 0.0), (1.0, 5.0), (1.0, 13.0), (1.0, 40.0), (1.0, 120.0), (0.2, 40.0), (5.0, 40.0))
+]

@@ -96,7 +96,7 @@ def train(make: Callable[..., Head], options: dict, words: Words, seconds: float
                 trunk.step(rate)
                 run.steps += 1
                 spent += (elapsed := perf_counter() - started)
-                progress.update(elapsed)
+                progress.update(min(elapsed, max(0.0, seconds - progress.n)))
             run.points.append(Point(spent, run.steps * head.rows, accuracy(trunk, head, *asked)))
             progress.set_postfix(top10=f"{run.points[-1].accuracy[1]:.3f}", loss=f"{loss.item():.3f}")
     run.finite = bool(loss.isfinite())

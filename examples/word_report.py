@@ -50,7 +50,9 @@ def describe(threads: int) -> str:
     processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
         processor = names[0] if names else processor
     return (
         f"{processor}, {threads} threads, Python {platform.python_version()}, torch {torch.__version__}, "
@@ -75,7 +77,9 @@ def table(runs: Sequence[Run], ranks: Sequence[int]) -> str:
     ]
     widths = [max(map(len, column)) for column in zip(*lines)]
     marks = ["-" * width if at < 2 else "-" * (width - 1) + ":" for at, width in enumerate(widths)]
-    rows = [[cell.ljust(w) if at < 2 else cell.rjust(w) for at, (cell, w) in enumerate(zip(line, widths))] for line in lines]
+    rows = [
+        [cell.ljust(w) if at < 2 else cell.rjust(w) for at, (cell, w) in enumerate(zip(line, widths))] for line in lines
+    ]
     return "\n".join("| " + " | ".join(row) + " |" for row in (rows[0], marks, *rows[1:]))
 
 

@@ -28,7 +28,7 @@ MARGIN = 64  # boundaries before the first word: the longest context there may b
 
 @dataclass(frozen=True)
 class Words:
-    """Two long sequences of word numbers: 0 … classes − 1 by falling frequency, `unknown`, and `end` after each file."""
+    """Two long sequences of word numbers: 0 … classes − 1 by falling frequency, `unknown`; `end` after each file."""
 
     train: Tensor  # int32
     held_out: Tensor  # int32
