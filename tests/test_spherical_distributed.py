@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -235,7 +236,8 @@ def check_left_alone():
         "head": [*model.head.parameters(), *model.head.buffers()] == [],
         "bytes": wrapped._get_ddp_logging_data()["total_parameter_size_bytes"] == trunk,
         "state": {name for name in model.state_dict() if name.startswith("head.")} == set(kept),
-        "p": kept["head.p"] == (N, D),
+        "checkpoint": get_model_state_dict(wrapped).keys() == model.state_dict().keys(),
+        "p": kept["head.factors.p"] == (N, D),
     }
     model.head.factors.p.add_(rank())
     ours = model.head.factors.p.clone()
@@ -363,7 +365,14 @@ CASES = [
     *[
         (size, check, sizes)
         for size, sizes in ((2, (4, 9)), (3, (4, 0, 7)))
-        for check in ("check_sum", "check_decay", "check_accumulation", "check_clipping", "check_sharded")
+        for check in (
+            "check_sum",
+            "check_decay",
+            "check_accumulation",
+            "check_momentum",
+            "check_clipping",
+            "check_sharded",
+        )
     ],
     *[(size, check) for size in SIZES for check in ("check_nobody", "check_left_alone", "check_not_finite")],
     (3, "check_bits", (4, 1, 7)),

@@ -1,3 +1,5 @@
-"""Output layers with a loss of the spherical family: their training cost does not grow with the number of classes."""
+"""Output layers of the spherical family of losses, whose cost does not grow with the number of classes."""
 
+from .dense import linear_loss
 from .factored import FactoredLinear
+from .linear import Linear

@@ -10,13 +10,14 @@ from torch import Tensor
 from .. import nn
 from ..checks import check_constant, expect
 from . import evaluation, ranks
+from . import momentum as moving
 from .engines import engine
 from .exact import exact
 from .family import Member, member
 from .gradients import Losses, leaf
 from .steps import Batch, squared_norm
 from .weight import NAME, FactoredWeight
-from .weighted import Rows, weighted
+from .weighted import Unmade, weighted
 
 
 class FactoredLinear(FactoredWeight):
@@ -75,8 +76,8 @@ class FactoredLinear(FactoredWeight):
         check_constant(NAME, "condition_limit", condition_limit, 1, above=True)
         expect(momentum < 1, NAME, "momentum", "a number in [0, 1)", momentum)
         expect(not nesterov or momentum > 0, NAME, "nesterov", "a momentum above 0 with it", momentum)
-        super().__init__(in_features, out_features, bool(bias), bias_scale, momentum > 0, process_group, device, dtype)
-        self.momentum, self.nesterov, self.condition_limit = momentum, bool(nesterov), condition_limit
+        super().__init__(in_features, out_features, bool(bias), bias_scale, momentum, process_group, device, dtype)
+        self.nesterov, self.condition_limit = bool(nesterov), condition_limit
         self.loss = nn.SphericalZLoss() if loss is None else loss
         self._known = member(NAME, self.loss), self._options()
 
@@ -112,9 +113,9 @@ class FactoredLinear(FactoredWeight):
         def losses_of(h: Tensor, target: Tensor, share: Tensor) -> Tensor:
             return Losses.apply(h, leaf(trains), self._queue, self.factors, loss, target, share)
 
-        rows = Rows(h.shape[:-1], self.out_features, wide)
+        scores = Unmade(h.shape[:-1], self.out_features, wide)
         with torch.autocast(h.device.type, enabled=False):
-            return weighted(NAME, rows, features, target, row_weight, self.loss, losses_of)
+            return weighted(NAME, self.loss, scores, features, target, row_weight, losses_of)
 
     def _queued(self) -> Batch | None:
         """All that is queued, of all ranks, as one batch."""
@@ -166,16 +167,21 @@ class FactoredLinear(FactoredWeight):
                 self.zero_grad()
                 return False
             batch = batch if scale == 1 else batch.scaled(scale)
-            engine(self.factors).step(self.factors, batch, lr, weight_decay)
+            self._lr = lr
+            if self.momentum:
+                moving.step(self.factors, batch, lr, weight_decay, self.momentum, self.nesterov)
+            else:
+                engine(self.factors).step(self.factors, batch, lr, weight_decay)
             self._mend()
         self._queue.changed()
         return True
 
     def _mend(self) -> None:
-        """Rebalance where U needs it: ill-conditioned, or shrunk as a whole, as by weight decay."""
-        size = self.factors.u.norm() / sqrt(len(self.factors.u))
-        condition, size = torch.stack([self.factors.condition(), size]).tolist()
-        if isfinite(condition) and (condition > self.condition_limit or not 1e-6 <= size <= 1e6):
+        """Rebalance where U needs it: ill-conditioned, or grown or shrunk as a whole, as by weight decay."""
+        f = self.factors
+        condition = moving.condition(f) if self.momentum else f.condition()
+        condition, size = torch.stack([condition, f.u.norm() / sqrt(len(f.u))]).tolist()
+        if isfinite(size) and (condition > self.condition_limit or not 1e-6 <= size <= 1e6):
             self._rebalance()
 
     def zero_grad(self, set_to_none: bool = True) -> None:

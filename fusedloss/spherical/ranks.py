@@ -6,6 +6,8 @@ computed again from them, by every rank in the same way, so that replicas which 
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -15,17 +17,15 @@ from ..distributed.ranks import bytes_of, from_bytes, gathered, meet, row_bytes
 from .factors import Factors
 from .steps import F64, Batch
 
-_STATE = ("p", "u", "inverse", "gram", "offset", "mean")
-
 
 def broadcast(caller: str, f: Factors, group: dist.ProcessGroup) -> None:
     """Make the factors those of the group's first rank. All ranks have to call it."""
     (n, d), most = f.p.shape, range(1 << 62)
-    sizes = {"out_features": (most, n), "in_features": (most, d)}
+    sizes = {"out_features": (most, n), "in_features, bias or momentum": (most, d)}
     meet(caller, group, f.p.device, (n, d), {**sizes, "dtype": ((torch.float32, torch.float64), f.p.dtype)})
     first = dist.get_global_rank(group, 0)
-    for name in _STATE:
-        dist.broadcast(getattr(f, name), first, group=group)
+    for field in fields(f):
+        dist.broadcast(getattr(f, field.name), first, group=group)
 
 
 def gather(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from copy import deepcopy
 from dataclasses import fields, replace
 from math import sqrt
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -12,16 +13,18 @@ from torch.nn.functional import pad
 
 from ..checks import check_constant, expect
 from . import evaluation, ranks
+from . import momentum as moving
 from .exact import exact
 from .factors import Factors, rebalance
 from .gradients import PickedRows, Queue, leaf
 
 NAME = "FactoredLinear"
-KEPT = ("p", "u", "offset", "mean", "gram")  # of the factors, in a state_dict; U⁻¹ is made again
+# In a state_dict; U⁻¹ is made again. torch.distributed.checkpoint looks for attributes of these names.
+KEPT = tuple("factors." + name for name in ("p", "u", "offset", "mean", "gram"))
 
 
 class FactoredWeight(torch.nn.Module):
-    """[W, b] of n classes in factors of P's dtype, with as many columns again for its velocity if it has one."""
+    """[W, b] of n classes in factors of P's dtype, and as many columns again for its velocity if there is momentum."""
 
     def __init__(
         self,
@@ -29,7 +32,7 @@ class FactoredWeight(torch.nn.Module):
         out_features: int,
         bias: bool,
         bias_scale: float,
-        velocity: bool,
+        momentum: float,
         process_group: torch.distributed.ProcessGroup | None,
         device: torch.device | str | None,
         dtype: torch.dtype,
@@ -40,11 +43,12 @@ class FactoredWeight(torch.nn.Module):
         check_constant(NAME, "bias_scale", bias_scale, 0, above=True)
         expect(dtype in (torch.float32, torch.float64), NAME, "dtype", "float32 or float64", dtype, TypeError)
         self.in_features, self.out_features, self.bias, self.bias_scale = in_features, out_features, bias, bias_scale
-        self.velocity, self.process_group, self.rebalances = velocity, process_group, 0
+        self.momentum, self.process_group = momentum, process_group
+        self.rebalances, self._lr = 0, 0.0  # the last step's
         self.width = in_features + bias
         # Plain attributes: a buffer or Parameter as large as P would be sent around by DistributedDataParallel.
         self._queue = Queue()
-        p = torch.empty(out_features, self.width * (1 + velocity), device=device, dtype=dtype)
+        p = torch.empty(out_features, self.width * (2 if momentum else 1), device=device, dtype=dtype)
         expect(not p.is_meta, NAME, "device", "one that holds numbers", p.device)
         bound = 1 / sqrt(in_features)
         p[:, :in_features].uniform_(-bound, bound)
@@ -68,7 +72,7 @@ class FactoredWeight(torch.nn.Module):
         h = h.to(self.factors.p.dtype)
         if self.bias:
             h = pad(h, (0, 1), value=self.bias_scale)
-        return pad(h, (0, self.width)) if self.velocity else h
+        return pad(h, (0, self.width)) if self.momentum else h
 
     @torch.compiler.disable
     def rows(self, index: Tensor) -> Tensor:
@@ -92,7 +96,10 @@ class FactoredWeight(torch.nn.Module):
             self._queue.changed(lambda batch: replace(batch, hu=batch.h @ u))
 
     def _rebalance(self) -> None:
-        rebalance(self.factors)
+        if self.momentum:
+            moving.rebalance(self.factors, self._lr, self.momentum)
+        else:
+            rebalance(self.factors)
         self.rebalances += 1
 
     # --- dense, and back ---------------------------------------------------------------------------------------------
@@ -138,10 +145,10 @@ class FactoredWeight(torch.nn.Module):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.update({prefix + name: getattr(self.factors, name) for name in KEPT})
+        destination.update({prefix + name: attrgetter(name)(self) for name in KEPT})
 
     def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
-        mine = {prefix + name: getattr(self.factors, name) for name in KEPT}
+        mine = {prefix + name: attrgetter(name)(self) for name in KEPT}
         rest = {key: value for key, value in state.items() if key not in mine}
         super()._load_from_state_dict(rest, prefix, metadata, strict, missing, unexpected, errors)
         lacking, wrong = [key for key in mine if key not in state], []

@@ -1,4 +1,4 @@
-"""From losses of single rows to what a spherical layer returns: targets, class and row weights, reduction."""
+"""A loss of the family of scores that nobody makes: those of its rows that count, weighted and reduced."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..checks import check_reduction, expect
+from ..checks import expect
 from ..nn.loss import Loss
-from ..row_loss import row_factors, shares
-from ..targets import checked_target
+from .rows import Rows
 
 
 @dataclass(frozen=True)
-class Rows:
-    """What targets and weights are checked against, of scores that nobody makes."""
+class Unmade:
+    """What targets and weights are checked against, in place of scores."""
 
     leading: torch.Size
     columns: int
@@ -29,42 +28,25 @@ class Rows:
 
 def weighted(
     caller: str,
-    rows: Rows,
+    loss: Loss,
+    scores: Unmade,
     h: Tensor,
     target: Tensor,
     row_weight: Tensor | None,
-    loss: Loss,
     losses_of: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """`loss` of h (*leading, d), as it would be of their scores.
+    """`loss` of features (*leading, d), as it would be of their scores.
 
     losses_of(h (m, d), target (m, K) in [0, n), share (m, K) float64, 0 for no target) → (m,) float64, for m ≥ 1 rows.
     """
-    check_reduction(caller, loss.reduction)
-    several = target.dim() == len(rows.leading) + 1
-    safe, keep, valid = checked_target(caller, rows, target, loss.ignore_index, several)
-    expect(not several or target.shape[-1] > 0, caller, "target", "at least one column", target)
-    class_weight, counted = None, None
-    if loss.weight is not None:
-        expect(loss.weight.shape == (rows.columns,), caller, "weight", f"({rows.columns},) class weights", loss.weight)
-        learnt = several and loss.weight.requires_grad
-        expect(not learnt, caller, "weight", "no gradient for class weights with several targets", loss.weight)
-        class_weight = loss.weight[safe]
-    if several:
-        share, keep, counted = shares(keep, class_weight, rows.dtype)
-        class_weight = None
-    else:
-        safe, share = safe.unsqueeze(1), keep.unsqueeze(1)
-    if row_weight is not None:
-        expect(row_weight.shape == rows.leading, caller, "row_weight", f"shape {tuple(rows.leading)}", row_weight)
-    factor = row_factors(rows, keep, valid, class_weight, row_weight, loss.reduction, counted)
-    losses = _of_those_that_count(h.reshape(-1, h.shape[-1]), safe, share.double(), keep, losses_of)
-    losses = losses.to(rows.dtype) * factor
-    return losses.reshape(rows.leading) if loss.reduction == "none" else losses.sum()
+    rows = Rows.of(caller, loss, scores, target, row_weight)
+    expect(rows.target.shape[1] > 0, caller, "target", "at least one column", target)
+    return rows.reduced(_of_those_that_count(h.reshape(len(rows.keep), h.shape[-1]), rows, losses_of))
 
 
-def _of_those_that_count(h: Tensor, target: Tensor, share: Tensor, keep: Tensor, losses_of: Callable) -> Tensor:
-    """(N,) losses, 0 and without gradient where not `keep`; a device is not waited for, and computes those on zeros."""
+def _of_those_that_count(h: Tensor, rows: Rows, losses_of: Callable) -> Tensor:
+    """(N,) losses, 0 for rows that do not count: left out on a CPU, taken as zeros on a device, which is not asked."""
+    target, share, keep = rows.target, rows.share, rows.keep
     if len(h) == 0:
         return losses_of(*(pad(t, (0, 0, 0, 1)) for t in (h, target, share)))[:0]
     if keep.is_cpu:
