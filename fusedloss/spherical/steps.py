@@ -113,10 +113,10 @@ def squared_norm(f: Factors, b: Batch) -> Tensor:
 
 def step(f: Factors, b: Batch, lr: float, decay: float = 0.0) -> None:
     """W ← (1 − lr · decay) W − lr ∂L/∂W, exactly."""
+    keep = 1 - lr * decay
     if len(b.h):
-        singular = (_small if len(b.h) < b.h.shape[1] else _large)(f, b, lr, 1 - lr * decay)
-        if singular:
-            _folding(f, b, lr, 1 - lr * decay)
+        if abs(keep) < SINGULAR or (_small if len(b.h) < b.h.shape[1] else _large)(f, b, lr, keep):
+            _folding(f, b, lr, keep)
 
 
 def _vectors(f: Factors, b: Batch, lr: float, keep: float) -> None:
