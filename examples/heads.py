@@ -37,7 +37,7 @@ class Spherical(Head):
 
     name = "Z-loss, factored"
 
-    def __init__(self, width: int, classes: int, rows=256, lr=8.0, a=1.0, b=10.0) -> None:
+    def __init__(self, width: int, classes: int, rows=256, lr=100.0, a=0.1, b=100.0) -> None:
         super().__init__()
         self.rows, self.lr, self.settings = rows, lr, f"SGD {lr:g}, a {a:g}, b {b:g}, batch {rows}"
         self.layer = fusedloss.spherical.FactoredLinear(width, classes, fusedloss.nn.SphericalZLoss(a=a, b=b))
@@ -57,7 +57,7 @@ class Softmax(Head):
 
     name = "softmax, torch"
 
-    def __init__(self, width: int, classes: int, rows=256, lr=3e-3) -> None:
+    def __init__(self, width: int, classes: int, rows=64, lr=1e-2) -> None:
         super().__init__()
         self.rows, self.lr, self.settings = rows, lr, f"Adam {lr:g}, batch {rows}"
         self.weight = nn.Parameter(torch.randn(classes, width) * 0.01)
@@ -84,7 +84,7 @@ class Adaptive(Head):
 
     name = "adaptive softmax"
 
-    def __init__(self, width: int, classes: int, rows=256, lr=3e-3, first=4000, narrower=4.0) -> None:
+    def __init__(self, width: int, classes: int, rows=256, lr=1e-2, first=4000, narrower=4.0) -> None:
         super().__init__()
         self.rows, self.lr, self.settings = rows, lr, f"Adam {lr:g}, batch {rows}"
         first = min(first, classes // 5)
@@ -101,7 +101,7 @@ class Adaptive(Head):
 
 HEADS = {"spherical": Spherical, "fused": FusedSoftmax, "softmax": Softmax, "adaptive": Adaptive}
 
+# (a, b) of the Z-loss for --sweep: sharp ones with b from nothing to far, then soft ones.
 SWEEP = [
-    {"a": a, "b": b}
-    for a, b in ((1.0, 0.0), (1.0, 5.0), (1.0, 13.0), (1.0, 40.0), (1.0, 120.0), (0.2, 40.0), (5.0, 40.0))
+    {"a": a, "b": b} for a, b in ((1, 0), (1, 5), (1, 13), (1, 100), (0.1, 40), (0.1, 100), (0.1, 300), (0.03, 100))
 ]
