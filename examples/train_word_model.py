@@ -27,6 +27,7 @@ CONTEXT, WIDTH, HIDDEN = 8, 128, 256
 TRUNK_RATE = 1e-3
 MOMENTS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)  # of the budget: when to evaluate
 RANKS = (1, 10, 50)
+BAR = "{desc} {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
 BLOCK = 128  # rows of scores looked at together in an evaluation
 
 
@@ -84,7 +85,7 @@ def train(make: Callable[..., Head], options: dict, words: Words, seconds: float
     run = Run(head.name, head.settings, head.rows)
     run.points.append(Point(0.0, 0, accuracy(trunk, head, *asked)))
     spent = 0.0
-    with tqdm(total=round(seconds, 1), desc=f"{head.name:>18}", unit="s", mininterval=1.0) as progress:
+    with tqdm(total=round(seconds, 1), desc=f"{head.name:>18}", mininterval=1.0, bar_format=BAR) as progress:
         for moment in MOMENTS:
             while spent < moment * seconds:
                 started = perf_counter()
