@@ -55,7 +55,7 @@ def describe(threads: int) -> str:
         ]
         processor = names[0] if names else processor
     return (
-        f"{processor}, {threads} threads, Python {platform.python_version()}, torch {torch.__version__}, "
+        f"{processor}, threads: {threads}, Python {platform.python_version()}, torch {torch.__version__}, "
         f"fusedloss {fusedloss.__version__}"
     )
 
@@ -97,11 +97,13 @@ def write_csv(runs: Sequence[Run], ranks: Sequence[int], path: Path) -> None:
 def draw(runs: Sequence[Run], ranks: Sequence[int], title: str, path: Path) -> None:
     """Held-out accuracy over seconds of training, one panel per rank."""
     figure, panels = plt.subplots(1, len(ranks), figsize=(12, 4), layout="constrained")
+    sweep = len({run.name for run in runs}) < len(runs)  # runs of one layer differ by their settings
     for at, (axes, rank) in enumerate(zip(panels, ranks)):
         for run in runs:
             seconds = [point.seconds for point in run.points]
             shares = [100 * point.accuracy[at] for point in run.points]
-            axes.plot(seconds, shares, "o-", markersize=3, color=COLOURS.get(run.name), label=run.name)
+            colour, label = (None, run.settings) if sweep else (COLOURS[run.name], run.name)
+            axes.plot(seconds, shares, "o-", markersize=3, color=colour, label=label)
         axes.set(title=f"top-{rank}", xlabel="seconds of training")
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.25)

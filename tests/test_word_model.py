@@ -98,3 +98,13 @@ def test_scores_that_are_nan_find_nothing(example):
 
     found = example.accuracy(lambda contexts: contexts, Lost(), torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64))
     assert found == (0.0, 0.0, 0.0)
+
+
+def test_a_sweep_is_of_one_layer(text, example, clock, tmp_path, monkeypatch):
+    monkeypatch.setattr(example, "SWEEP", example.SWEEP[:2])
+    arguments = ["--sweep", "--classes", "300", "--seconds", "0.05", "--held-out", "50", "--threads", "1"]
+    runs = example.main([*arguments, "--out", str(tmp_path / "out")])
+    assert {run.name for run in runs} == {"Z-loss, factored"} and len({run.settings for run in runs}) == 2
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        f"word_sweep_300.{end}" for end in ("md", "csv", "png")
+    }
