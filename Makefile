@@ -16,10 +16,11 @@ GPU_ROWS   ?= bench/results/gpu.csv
 # The build finds the environment's own cmake and ninja.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help demo test bench gpu setup clean distclean
+.PHONY: help demo words test bench gpu setup clean distclean
 
 help:
 	@echo "make demo       train a small language model with the ordinary loss and with fusedloss, and compare"
+	@echo "make words      train a next-word model of hundreds of thousands of words with four output layers, and compare"
 	@echo "make test       run the whole test suite"
 	@echo "make bench      run the benchmarks"
 	@echo "make gpu        on a machine with a GPU: build for it, run the tests on it, benchmark against the peers"
@@ -28,10 +29,13 @@ help:
 	@echo "make distclean  remove the environment too"
 	@echo
 	@echo "PYTHON=python3.12   another Python (3.10 or newer) for the environment"
-	@echo "ARGS='...'          more arguments for the demo, the tests or the benchmarks"
+	@echo "ARGS='...'          more arguments for the demos, the tests or the benchmarks"
 
 demo: setup
 	@$(RUN) examples/train_language_model.py $(ARGS)
+
+words: setup
+	@$(RUN) examples/train_word_model.py $(ARGS)
 
 test: setup
 	@$(RUN) -m pytest $(ARGS)
