@@ -33,7 +33,8 @@ struct SphericalRows {
   // out_j = sum_i weight_i h_ij of columns first to end
   void (*weighted)(const fl_batch&, int64_t d, const double* weight, double* out, int64_t first, int64_t end);
   // Rows first to end of a size x size matrix:
-  //   out = by_column * symmetric, which is known from row * block to its diagonal block; returns the sum of squares
+  //   out_ij = by_column_j symmetric_ij, of which only blocks (block x block) on and left of the diagonal are known, and
+  //   first is a multiple of block; returns the sum of out's squares
   double (*mirrored)(const T* symmetric, T* out, int64_t size, int64_t block, const T* by_column, int64_t first,
                      int64_t end);
   //   out = r + r^T - ones ones^T / n
