@@ -170,19 +170,23 @@ def _small(f: Factors, b: Batch, lr: float, keep: float, limit: float) -> bool:
     return False
 
 
-def _gram_change(f: Factors, b: Batch, lr: float, keep: float) -> tuple[Tensor, Tensor]:
-    """S = 2 Hᵀ Γ H and Z with Q ← keep² Q − Z − Zᵀ, all in d × d."""
+def sparse_gram(f: Factors, b: Batch) -> Tensor:
+    """Bᵀ B (d, d) of B = (Yᵀ − 1 ȳᵀ / n) H, the part of ∂L/∂W that has few rows, centred."""
     dtype = b.h.dtype
-    hg = (2 * b.gamma).unsqueeze(1).to(dtype) * b.h
-    s = hg.t() @ b.h
     classes, at = b.target.unique(return_inverse=True)
     moved = b.alpha.to(dtype).unsqueeze(2) * b.h.unsqueeze(1)
     j = torch.zeros(len(classes), b.h.shape[1], dtype=dtype, device=b.h.device)
     j.index_add_(0, at.reshape(-1), moved.reshape(-1, b.h.shape[1]))
     ones = b.h.t() @ b.alpha.sum(1).to(dtype)
-    squares = j.t() @ j - torch.outer(ones, ones / f.p.shape[0])
+    return j.t() @ j - torch.outer(ones, ones / f.p.shape[0])
+
+
+def _gram_change(f: Factors, b: Batch, lr: float, keep: float) -> tuple[Tensor, Tensor]:
+    """S = 2 Hᵀ Γ H and Z with Q ← keep² Q − Z − Zᵀ, all in d × d."""
+    hg = (2 * b.gamma).unsqueeze(1).to(b.h.dtype) * b.h
+    s = hg.t() @ b.h
     across = b.gh.t() @ b.h
-    z = lr * keep * across - lr * lr / 2 * (s @ ((b.gh + b.yw).t() @ b.h) + squares)
+    z = lr * keep * across - lr * lr / 2 * (s @ ((b.gh + b.yw).t() @ b.h) + sparse_gram(f, b))
     return s, z
 
 
