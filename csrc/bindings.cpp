@@ -11,6 +11,8 @@
 
 namespace py = pybind11;
 
+void add_spherical(py::module_& m);   // spherical_bindings.cpp
+
 namespace {
 
 template <class T>
@@ -243,4 +245,5 @@ PYBIND11_MODULE(_native, m) {
   m.attr("KEPT_COLUMNS") = FL_KEPT_COLUMNS;
   m.attr("CUDA_KEPT_COLUMNS") = FL_CUDA_KEPT_COLUMNS;
   m.attr("CUDA_STATISTICS") = FL_CUDA_STATISTICS;
+  add_spherical(m);
 }
