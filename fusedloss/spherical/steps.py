@@ -115,8 +115,8 @@ def squared_norm(f: Factors, b: Batch) -> Tensor:
 def step(f: Factors, b: Batch, lr: float, decay: float = 0.0, limit: float = math.inf) -> None:
     """W ← (1 − lr · decay) W − lr ∂L/∂W, exactly. Where U's condition would exceed `limit`, U is moved into P instead.
 
-    To step and to rebalance afterwards costs the same pass over P, but puts the rows of the targets through the inverse of
-    the ill-conditioned U: their rounding errors, times its condition, stay in W.
+    To step and to rebalance afterwards costs the same pass over P, but makes the rows of the targets with the inverse of
+    an ill-conditioned U: their rounding errors, times its condition, stay in W.
     """
     if len(b.h):
         refused = (_small if len(b.h) < b.h.shape[1] else _large)(f, b, lr, 1 - lr * decay, limit)
