@@ -17,11 +17,11 @@ def shown(shape):
     return "x".join(map(str, shape))
 
 
-@pytest.mark.parametrize("shape", HEADS, ids=shown)
-def test_heads(compare, quick, shape):
-    if quick and shape is not HEADS[0]:
+@pytest.mark.parametrize("size", HEADS, ids=shown)
+def test_heads(compare, quick, size):
+    if quick and size is not HEADS[0]:
         pytest.skip("--quick measures one small shape")
-    shape = QUICK if quick else shape
+    shape = QUICK if quick else size
     compare(Comparison(f"spherical {shown(shape)}", "fp32", contenders(shape), partial(check, shape), note=NOTE))
 
 
