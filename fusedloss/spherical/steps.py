@@ -112,16 +112,17 @@ def squared_norm(f: Factors, b: Batch) -> Tensor:
     return ((gradient_gram(f, b) @ b.h) * b.h).sum(dtype=F64).clamp(min=0) + mean.square().sum() / f.p.shape[0]
 
 
-def step(f: Factors, b: Batch, lr: float, decay: float = 0.0, limit: float = math.inf) -> None:
+def step(f: Factors, b: Batch, lr: float, decay: float = 0.0, limit: float = math.inf) -> bool:
     """W ← (1 − lr · decay) W − lr ∂L/∂W, exactly. Where U's condition would exceed `limit`, U is moved into P instead.
 
-    To step and to rebalance afterwards costs the same pass over P, but makes the rows of the targets with the inverse of
-    an ill-conditioned U: their rounding errors, times its condition, stay in W.
+    Returns whether it was: that is a pass over P. To step and to rebalance afterwards costs the same pass, but makes the
+    rows of the targets with the inverse of an ill-conditioned U: their rounding errors, times its condition, stay in W.
     """
-    if len(b.h):
-        refused = (_small if len(b.h) < b.h.shape[1] else _large)(f, b, lr, 1 - lr * decay, limit)
-        if refused:
-            _folding(f, b, lr, 1 - lr * decay)
+    keep = 1 - lr * decay
+    refused = len(b.h) > 0 and (_small if len(b.h) < b.h.shape[1] else _large)(f, b, lr, keep, limit)
+    if refused:
+        _folding(f, b, lr, keep)
+    return refused
 
 
 def _vectors(f: Factors, b: Batch, lr: float, keep: float) -> None:
