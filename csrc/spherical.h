@@ -1,9 +1,9 @@
 // The factored spherical layer on the CPU: plain C, raw pointers, no torch, no Python.
 //
 // W = P U + 1 (offset + mean)^T, n classes of d features, is never made. Three calls are one step of gradient descent,
-// as fusedloss/spherical/steps.py means them; none of them costs more where n is larger. Matrices are contiguous by rows,
-// except that P has a row stride. T is float or double, as `type` says: the type of P and of products over examples; all
-// else is double. Everything is caller-allocated; scratch of up to 64 MiB is kept per thread.
+// as fusedloss/spherical/steps.py means them; none of them costs more where n is larger. Matrices are contiguous by
+// rows, except that P has a row stride. `void*` is float or double, as `type` says: the type of P and of products over
+// examples; all else is double. Everything is caller-allocated; scratch of up to 64 MiB is kept per thread.
 // Status 0 is success; otherwise fl_error() says what was wrong, and nothing was changed.
 #pragma once
 #include <stdint.h>
@@ -21,8 +21,8 @@ typedef enum {                 // parameters, as the files of fusedloss/losses n
   FL_SPHERICAL_Z = 3,          // a, b, eps
 } fl_spherical_loss;
 
-// Fortran routines with 32-bit integers, all of `type`: sgemm_, sgetrf_, strsm_ or dgemm_, dgetrf_, dtrsm_. They are called
-// by many threads at once. `set_threads` is null or MKL_Set_Num_Threads_Local.
+// Fortran routines with 32-bit integers, all of `type`: sgemm_, sgetrf_, strsm_ or dgemm_, dgetrf_, dtrsm_. They are
+// called by many threads at once. `set_threads` is null or MKL_Set_Num_Threads_Local.
 typedef struct {
   void *gemm, *getrf, *trsm, *set_threads;
 } fl_blas;

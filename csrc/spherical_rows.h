@@ -1,5 +1,5 @@
-// What the vector loops of the factored layer, compiled once per instruction set, offer to spherical.cpp. Every function
-// works on a range of rows or of numbers, so that threads can share it out.
+// What the vector loops of the factored layer, compiled once per instruction set, offer to spherical.cpp. Every
+// function works on a range of rows or of numbers, so that threads can share it out.
 #pragma once
 #include "spherical.h"
 
@@ -48,10 +48,10 @@ struct SphericalRows {
 
 template <class T> const SphericalRows<T>& spherical_rows();   // of the instruction set in use
 
-#define FL_SPHERICAL_ROWS(isa)                                              \
-  namespace isa {                                                           \
-  extern const SphericalRows<float> spherical_float;                        \
-  extern const SphericalRows<double> spherical_double;                      \
+#define FL_SPHERICAL_ROWS(isa)                        \
+  namespace isa {                                     \
+  extern const SphericalRows<float> spherical_float;  \
+  extern const SphericalRows<double> spherical_double; \
   }
 FL_SPHERICAL_ROWS(portable)
 #if defined(FL_X86)

@@ -133,7 +133,8 @@ class Step {
       // The first one makes x / keep of (x + A x / keep), the others take x from where it was.
       tasks.slice(size, [=](int64_t i, int64_t end) {
         rows.scaled(x + i * d, next + i * d, over, (end - i) * d);
-        by.product('n', 'n', end - i, d, size, j == 0 ? over * over : over, a + i * size, size, last, d, 1, next + i * d, d);
+        by.product('n', 'n', end - i, d, size, j == 0 ? over * over : over, a + i * size, size, last, d, 1, next + i * d,
+                   d);
       });
       tasks.run();
       last = next;
@@ -146,7 +147,8 @@ class Step {
   }
 
   // x <- kept x + times A B, d x d, of A (d x depth; where transposed, depth x d); `change` is room for the product.
-  void increment(double* x, double kept, double times, char a_is, const T* a, const T* right, int64_t depth, T* change) {
+  void increment(double* x, double kept, double times, char a_is, const T* a, const T* right, int64_t depth,
+                 T* change) {
     tasks.slice(d, [=](int64_t i, int64_t end) {
       by.product(a_is, 'n', end - i, d, depth, 1, a_is == 'n' ? a + i * d : a + i, d, right, d, 0, change + i * d, d);
       rows.change(x + i * d, change + i * d, kept, times, (end - i) * d);

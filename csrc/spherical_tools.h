@@ -18,8 +18,9 @@ inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline int check(const char* name, const fl_factors* f, const fl_blas* blas) {
   if (!f || !blas) return fail("%s: factors or blas is null", name);
-  if (f->type != FL_SPHERICAL_FLOAT && f->type != FL_SPHERICAL_DOUBLE) return fail("%s: type %d is unknown", name, f->type);
-  if (f->n < 1 || f->d < 1 || f->d > INT32_MAX || f->stride < f->d)
+  if (f->type != FL_SPHERICAL_FLOAT && f->type != FL_SPHERICAL_DOUBLE)
+    return fail("%s: type %d is unknown", name, f->type);
+  if (f->n < 1 || f->d < 1 || f->stride < f->d || f->stride > INT32_MAX)
     return fail("%s: %lld classes of %lld features with row stride %lld", name, (long long)f->n, (long long)f->d,
                 (long long)f->stride);
   if (!f->p) return fail("%s: P is null", name);
@@ -29,7 +30,8 @@ inline int check(const char* name, const fl_factors* f, const fl_blas* blas) {
 
 inline int check_examples(const char* name, const fl_factors* f, int64_t m, int64_t k, const int64_t* target) {
   if (!f->u || !f->inverse || !f->gram || !f->offset || !f->mean) return fail("%s: a factor is null", name);
-  if (m < 0 || k < 0 || m > INT32_MAX) return fail("%s: %lld examples of %lld targets", name, (long long)m, (long long)k);
+  if (m < 0 || k < 0 || m > INT32_MAX || (k > 0 && m > INT32_MAX / k))   // the BLAS counts in 32 bits
+    return fail("%s: %lld examples of %lld targets", name, (long long)m, (long long)k);
   for (int64_t e = 0; e < m * k; ++e)
     if (target[e] < 0 || target[e] >= f->n)
       return fail("%s: target %lld of example %lld is not one of %lld classes", name, (long long)target[e],
@@ -46,8 +48,8 @@ class Blas {
   void product(char a_is, char b_is, int64_t m, int64_t n, int64_t k, T alpha, const T* a, int64_t a_row, const T* b,
                int64_t b_row, T beta, T* c, int64_t c_row) const {
     if (m == 0 || n == 0) return;
-    const int32_t rows = (int32_t)m, columns = (int32_t)n, depth = (int32_t)k, lda = (int32_t)a_row, ldb = (int32_t)b_row,
-                  ldc = (int32_t)c_row;
+    const int32_t rows = (int32_t)m, columns = (int32_t)n, depth = (int32_t)k;
+    const int32_t lda = (int32_t)a_row, ldb = (int32_t)b_row, ldc = (int32_t)c_row;
     gemm_(&b_is, &a_is, &columns, &rows, &depth, &alpha, b, &ldb, a, &lda, &beta, c, &ldc);
   }
 
@@ -77,7 +79,8 @@ class Blas {
 
  private:
   using Int = const int32_t*;
-  using Gemm = void (*)(const char*, const char*, Int, Int, Int, const T*, const T*, Int, const T*, Int, const T*, T*, Int);
+  using Gemm = void (*)(const char*, const char*, Int, Int, Int, const T*, const T*, Int, const T*, Int, const T*, T*,
+                        Int);
   using Getrf = void (*)(Int, Int, T*, Int, int32_t*, int32_t*);
   using Trsm = void (*)(const char*, const char*, const char*, const char*, Int, Int, const T*, const T*, Int, T*, Int);
   Gemm gemm_;
@@ -153,9 +156,11 @@ class Tasks {
   // `work` is about that many multiply-adds of a product; small calls are not worth waking threads.
   Tasks(const fl_blas& blas, double work) : blas_(blas), threads_(work > 5e5 ? omp_get_max_threads() : 1) {}
 
-  static constexpr int64_t kRows = 64;
-  // Rows to a slice, in equal slices.
-  static int64_t height(int64_t rows) { return rows ? divide_up(divide_up(rows, divide_up(rows, kRows)), 8) * 8 : 1; }
+  // Rows to a slice, of equal slices: at least 64 or so up to four of them, then 128, which products are faster on.
+  static int64_t height(int64_t rows) {
+    const int64_t slices = std::max(divide_up(rows, 128), std::min<int64_t>(4, divide_up(rows, 64)));
+    return rows ? divide_up(divide_up(rows, slices), 8) * 8 : 1;
+  }
 
   template <class Work>
   void add(Work work) {

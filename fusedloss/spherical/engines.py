@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from . import steps
+from . import native_steps, steps
 from .factors import Factors
 
 
 def engine(f: Factors) -> ModuleType:
     """The fastest one for where the factors lie."""
-    return steps
+    return native_steps if native_steps.supports(f.p) and native_steps.why_not() is None else steps

@@ -57,6 +57,10 @@ def gram_of(w: Tensor, mean: Tensor) -> Tensor:
 
 def multiply(p: Tensor, k: Tensor) -> None:
     """P ← P K in place, block by block."""
+    from . import native_steps  # it is made of the factors
+
+    if native_steps.supports(p) and native_steps.why_not() is None:
+        return native_steps.multiply(p, k)
     k = k.to(p.dtype)
     for block in p.split(BLOCK):
         block.copy_(block @ k)

@@ -41,8 +41,9 @@ def why_not() -> str | None:
     return f"torch's libtorch_cpu has no {', '.join(missing)}" if missing else None
 
 
-def supports(f: Factors) -> bool:
-    return f.p.device.type == "cpu" and f.p.dtype in LETTERS and f.p.stride(1) == 1
+def supports(p: Tensor) -> bool:
+    """Whether they take this P."""
+    return p.device.type == "cpu" and p.dtype in LETTERS and p.stride(1) == 1
 
 
 @functools.cache
@@ -57,6 +58,11 @@ def _is(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -
         got = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device} with strides {tensor.stride()}"
         expect(False, "fusedloss.spherical", name, f"a contiguous {shape} {dtype} on the CPU", got)
     return tensor.data_ptr()
+
+
+def _empty(*shape: int, dtype: torch.dtype = F64) -> Tensor:
+    """On the CPU, whatever the default device."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def _factors(f: Factors):
@@ -78,9 +84,8 @@ def visit(f: Factors, h: Tensor, target: Tensor, share: Tensor, loss: Member) ->
     h, target, share = h.contiguous(), target.contiguous(), share.contiguous()
     (m, k), d, dtype = target.shape, f.p.shape[1], f.p.dtype
     given = _is("h", h, (m, d), dtype), _is("target", target, (m, k), I64), _is("share", share, (m, k), F64)
-    losses, t, gamma = torch.empty(m, dtype=F64), *torch.empty(2, m, dtype=F64).unbind()
-    alpha = torch.empty(m, k, dtype=F64)
-    hq, hu, picked = torch.empty(3, m, d, dtype=dtype).unbind()
+    losses, alpha, (t, gamma) = _empty(m), _empty(m, k), _empty(2, m).unbind()
+    hq, hu, picked = _empty(3, m, d, dtype=dtype).unbind()
     out = (x.data_ptr() for x in (losses, t, gamma, alpha, hq, hu, picked))
     _native.spherical_visit(_factors(f), blas(dtype), *_loss(loss), m, k, *given, *out)
     return Visit(losses, alpha, t, gamma, h, target, hq, hu, picked)
@@ -93,9 +98,8 @@ def backward(f: Factors, v: Visit, upstream: Tensor) -> tuple[Tensor, Batch]:
     given = _is("target", v.target, (m, k), I64), _is("upstream", upstream, (m,), F64)
     given += _is("t", v.t, (m,), F64), _is("gamma", v.gamma, (m,), F64), _is("alpha", v.alpha, (m, k), F64)
     given += _is("hq", v.hq, (m, d), dtype), _is("picked", v.picked, (m, d), dtype)
-    t, gamma = torch.empty(2, m, dtype=F64).unbind()
-    alpha, dh = torch.empty(m, k, dtype=F64), torch.empty(m, d, dtype=dtype)
-    yw, gh = torch.empty(2, m, d, dtype=dtype).unbind()
+    alpha, (t, gamma) = _empty(m, k), _empty(2, m).unbind()
+    dh, (yw, gh) = _empty(m, d, dtype=dtype), _empty(2, m, d, dtype=dtype).unbind()
     out = (x.data_ptr() for x in (t, gamma, alpha, yw, gh, dh))
     _native.spherical_backward(_factors(f), blas(dtype), m, k, *given, *out)
     return dh, Batch(alpha, t, gamma, v.h, v.target, v.hu, yw, gh)
@@ -104,6 +108,7 @@ def backward(f: Factors, v: Visit, upstream: Tensor) -> tuple[Tensor, Batch]:
 def step(f: Factors, b: Batch, lr: float, decay: float = 0.0) -> None:
     """W ← (1 − lr · decay) W − lr ∂L/∂W, exactly."""
     (m, k), d, dtype = b.target.shape, f.p.shape[1], f.p.dtype
+    b = Batch(**{name: part.contiguous() for name, part in vars(b).items()})
     given = _is("h", b.h, (m, d), dtype), _is("target", b.target, (m, k), I64)
     given += _is("t", b.t, (m,), F64), _is("gamma", b.gamma, (m,), F64), _is("alpha", b.alpha, (m, k), F64)
     given += tuple(_is(name, getattr(b, name), (m, d), dtype) for name in ("hu", "yw", "gh"))

@@ -119,7 +119,8 @@ def step(f: Factors, b: Batch, lr: float, decay: float = 0.0, limit: float = mat
     rows of the targets with the inverse of an ill-conditioned U: their rounding errors, times its condition, stay in W.
     """
     keep = 1 - lr * decay
-    refused = len(b.h) > 0 and (_small if len(b.h) < b.h.shape[1] else _large)(f, b, lr, keep, limit)
+    way = _small if len(b.h) < b.h.shape[1] else _large
+    refused = len(b.h) > 0 and (abs(keep) < SINGULAR or way(f, b, lr, keep, limit))
     if refused:
         _folding(f, b, lr, keep)
     return refused
