@@ -115,8 +115,8 @@ def squared_norm(f: Factors, b: Batch) -> Tensor:
 def step(f: Factors, b: Batch, lr: float, decay: float = 0.0, limit: float = math.inf) -> bool:
     """W ← (1 − lr · decay) W − lr ∂L/∂W, exactly. Where U's condition would exceed `limit`, U is moved into P instead.
 
-    Returns whether it was: that is a pass over P. To step and to rebalance afterwards costs the same pass, but makes the
-    rows of the targets with the inverse of an ill-conditioned U: their rounding errors, times its condition, stay in W.
+    Returns whether it was: that is a pass over P. To step and to rebalance afterwards costs the same, but makes the rows
+    of the targets with the inverse of an ill-conditioned U: their rounding errors, times its condition, stay in W.
     """
     keep = 1 - lr * decay
     way = _small if len(b.h) < b.h.shape[1] else _large
