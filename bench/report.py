@@ -6,6 +6,7 @@ python bench/report.py bench/results/*.csv
 from __future__ import annotations
 
 import csv
+import math
 import sys
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def mib(row: dict[str, str] | None, key: str = "peak_mib") -> str:
 
 
 def grid(head: str, lines: list[str]) -> str:
-    words = ("N, D, V", "case", "loss", "type", "contender", "B, D", "fastest of PyTorch", "target", "commit", "note")
+    words = "N, D, V|case|loss|type|contender|B, D|n, d, m|fastest of PyTorch|target|commit|note".split("|")
     rule = ["---" if cell.strip() in words else "---:" for cell in head.strip("|").split("|")]
     return "\n".join([head, f"|{'|'.join(rule)}|", *lines])
 
@@ -121,11 +122,69 @@ def pair_table(cases: Cases) -> str:
     return grid(head, lines)
 
 
+def milliseconds(row: dict[str, str] | None) -> str:
+    figure = float(row["ms"]) if row else 0.0
+    return f"{figure:.0f}" if figure >= 100 else f"{figure:.2f}" if row else ""
+
+
+HEADS = {
+    "dense": "torch, dense",
+    "`linear_cross_entropy`": "fusedloss.linear_cross_entropy",
+    "adaptive": "torch, adaptive softmax",
+    "sampled": "torch, sampled softmax, 8192",
+    "hierarchical": "torch, hierarchical softmax",
+}
+
+
+def spherical_table(cases: Cases) -> str:
+    """Milliseconds of a step, and what it needs beside the weight."""
+    lines = []
+    for (case, _), rows in cases.items():
+        if case.startswith("spherical "):
+            ours, others = rows[OURS], [rows.get(name) for name in HEADS.values()]
+            faster = float(others[0]["ms"]) / float(ours["ms"])
+            cells = [case.split()[1].replace("x", ", "), f"**{milliseconds(ours)}**", f"{faster:.0f}"]
+            cells += [milliseconds(row) for row in others] + [mib(ours)] + [mib(row) for row in others]
+            lines.append("| " + " | ".join([*cells, ours["commit"], noted(ours)]) + " |")
+    names = " | ".join(HEADS)
+    peaks = " | ".join(f"{name}, MiB" for name in ("FactoredLinear", *HEADS))
+    return grid(f"| n, d, m | FactoredLinear, ms | dense / it | {names} | {peaks} | commit | note |", lines)
+
+
+def sweep(cases: Cases) -> dict[str, list[tuple[int, float]]]:
+    """Of each contender (classes, milliseconds of a step), by classes."""
+    points: dict[str, list[tuple[int, float]]] = {}
+    for (case, _), rows in cases.items():
+        if case.startswith("classes "):
+            for name, row in rows.items():
+                points.setdefault(name, []).append((int(case.split()[1].split("x")[0]), float(row["ms"])))
+    return {name: sorted(pairs) for name, pairs in points.items()}
+
+
+def slope(points: list[tuple[int, float]]) -> float:
+    """The power of n by which the time grows: the least-squares line through the logarithms."""
+    x, y = ([math.log(value) for value in side] for side in zip(*points))
+    middle = sum(x) / len(x), sum(y) / len(y)
+    return sum((a - middle[0]) * (b - middle[1]) for a, b in zip(x, y)) / sum((a - middle[0]) ** 2 for a in x)
+
+
+def classes_table(cases: Cases) -> str:
+    points = sweep(cases)
+    if not points:
+        return grid("| contender |", [])
+    head = [f"{classes} classes, ms" for classes, _ in points[OURS]]
+    lines = [
+        f"| {name} | {' | '.join(milliseconds({'ms': str(ms)}) for _, ms in pairs)} | {slope(pairs):.2f} |"
+        for name, pairs in points.items()
+    ]
+    return grid(f"| contender | {' | '.join(head)} | power of n |", lines)
+
+
 def other_table(cases: Cases) -> str:
-    """Every case but the linear ones, the pairs and the single losses: contenders and their ratios and peaks."""
+    """Every case that has no table of its own: contenders and their ratios and peaks."""
     lines = []
     for (case, dtype), rows in cases.items():
-        if case.startswith("linear ") or "cross_entropy" in rows or is_pair(case):
+        if case.startswith(("linear ", "spherical ", "classes ")) or "cross_entropy" in rows or is_pair(case):
             continue
         for name, row in rows.items():
             figures = f"{float(row['ms']):.0f} | {times(row)} | {mib(row)}"
@@ -146,5 +205,6 @@ def losses_table(cases: Cases) -> str:
 
 if __name__ == "__main__":
     found = read([Path(p) for p in sys.argv[1:]])
-    for name, make in (("linear", linear_table), ("pairs", pair_table), ("other", other_table), ("losses", losses_table)):
+    tables = {"linear": linear_table, "pairs": pair_table, "spherical": spherical_table, "classes": classes_table}
+    for name, make in (tables | {"other": other_table, "losses": losses_table}).items():
         replace_section(PAGE, name, make(found))

@@ -1,4 +1,4 @@
-"""The benchmark suite runs: one small case, its table, and its rows."""
+"""The benchmark suite runs: two small cases, their tables, and their rows."""
 
 import csv
 import importlib.util
@@ -14,15 +14,23 @@ pytestmark = pytest.mark.host
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_one_quick_case(tmp_path):
+SOFTMAXES = ("torch, adaptive softmax", "torch, sampled softmax, 8192", "torch, hierarchical softmax")
+CASES = {
+    "frozen_weight and bf16": ["floor: two GEMMs", "fusedloss", "torch, eager"],
+    "heads": ["torch, dense", "fusedloss", "fusedloss.linear_cross_entropy", *SOFTMAXES],
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_quick_cases(tmp_path, case):
     rows = tmp_path / "rows.csv"
     suite = [sys.executable, "-m", "pytest", "bench", "-p", "no:cacheprovider", "--quick", f"--rows={rows}"]
-    suite += ["-k", "frozen_weight and bf16"]
+    suite += ["-k", case]
     run = subprocess.run(suite, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert "floor: two GEMMs" in run.stdout
+    assert CASES[case][0] in run.stdout
     measured = list(csv.DictReader(rows.open(newline="")))
-    assert [row["contender"] for row in measured] == ["floor: two GEMMs", "fusedloss", "torch, eager"]
+    assert {row["contender"] for row in measured} == set(CASES[case])
     assert all(float(row["ms"]) > 0 for row in measured) and float(measured[0]["ratio"]) == 1
 
 

@@ -38,8 +38,12 @@ class Factors:
         return self.p[index] @ self.u.to(self.p.dtype) + (self.offset + self.mean).to(self.p.dtype)
 
     def condition(self) -> Tensor:
-        """‖U‖ ‖U⁻¹‖ / d in Frobenius norms: 1 for a multiple of a rotation, never above cond₂(U)."""
-        return self.u.norm() * self.inverse.norm() / len(self.u)
+        return condition(self.u, self.inverse)
+
+
+def condition(u: Tensor, inverse: Tensor) -> Tensor:
+    """‖U‖ ‖U⁻¹‖ / d in Frobenius norms: 1 for a multiple of a rotation, never above cond₂(U)."""
+    return u.norm() * inverse.norm() / len(u)
 
 
 def gram_of(w: Tensor, mean: Tensor) -> Tensor:

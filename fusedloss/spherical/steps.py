@@ -7,12 +7,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from .factors import Factors, multiply
+from .factors import Factors, condition, multiply
 from .family import Member
 
 F64 = torch.float64
@@ -112,12 +113,18 @@ def squared_norm(f: Factors, b: Batch) -> Tensor:
     return ((gradient_gram(f, b) @ b.h) * b.h).sum(dtype=F64).clamp(min=0) + mean.square().sum() / f.p.shape[0]
 
 
-def step(f: Factors, b: Batch, lr: float, decay: float = 0.0) -> None:
-    """W ← (1 − lr · decay) W − lr ∂L/∂W, exactly."""
+def step(f: Factors, b: Batch, lr: float, decay: float = 0.0, limit: float = math.inf) -> bool:
+    """W ← (1 − lr · decay) W − lr ∂L/∂W, exactly. Where U's condition would exceed `limit`, U is moved into P instead.
+
+    Returns whether it was: that is a pass over P. To step and to rebalance afterwards costs the same, but makes the rows
+    of the targets with the inverse of an ill-conditioned U: their rounding errors, times its condition, stay in W.
+    """
     keep = 1 - lr * decay
-    if len(b.h):
-        if abs(keep) < SINGULAR or (_small if len(b.h) < b.h.shape[1] else _large)(f, b, lr, keep):
-            _folding(f, b, lr, keep)
+    way = _small if len(b.h) < b.h.shape[1] else _large
+    refused = len(b.h) > 0 and (abs(keep) < SINGULAR or way(f, b, lr, keep, limit))
+    if refused:
+        _folding(f, b, lr, keep)
+    return refused
 
 
 def _vectors(f: Factors, b: Batch, lr: float, keep: float) -> None:
@@ -138,8 +145,17 @@ def _scatter(f: Factors, b: Batch, lr: float, rows: Tensor) -> None:
 SINGULAR = 1e-4
 
 
-def _small(f: Factors, b: Batch, lr: float, keep: float) -> bool:
-    """For m < d, all in m × m (Woodbury). Returns whether E was too close to singular; then nothing has changed."""
+def _turn(f: Factors, u: Tensor, inverse: Tensor, limit: float) -> bool:
+    """Take U and its inverse, unless their condition is above the limit; returns whether it is."""
+    if condition(u, inverse) > limit:
+        return True
+    f.u.copy_(u)
+    f.inverse.copy_(inverse)
+    return False
+
+
+def _small(f: Factors, b: Batch, lr: float, keep: float, limit: float) -> bool:
+    """For m < d, all in m × m (Woodbury). Returns whether U E is too close to singular; then nothing has changed."""
     dtype = b.h.dtype
     two = (2 * b.gamma).to(dtype)
     hg = two.unsqueeze(1) * b.h
@@ -148,10 +164,10 @@ def _small(f: Factors, b: Batch, lr: float, keep: float) -> bool:
     if lu.diagonal().abs().min() < SINGULAR:
         return True
     n = torch.linalg.lu_solve(lu, pivots, b.h @ f.inverse.to(dtype))  # H (U E)⁻¹
+    if _turn(f, keep * f.u - lr * (b.hu.t() @ hg), (f.inverse + lr * (hg.t() @ n)) / keep, limit):
+        return True
     change = b.h.t() @ (lr * keep * b.gh - lr * lr / 2 * (gradient_gram(f, b) @ b.h))
     _vectors(f, b, lr, keep)
-    f.u.mul_(keep).sub_(lr * (b.hu.t() @ hg))
-    f.inverse.add_(lr * (hg.t() @ n)).div_(keep)
     f.gram.mul_(keep * keep).sub_(change).sub_(change.t())
     _scatter(f, b, lr, n)
     return False
@@ -187,17 +203,17 @@ def _gram_change(f: Factors, b: Batch, lr: float, keep: float) -> tuple[Tensor, 
     return s, z
 
 
-def _large(f: Factors, b: Batch, lr: float, keep: float) -> bool:
-    """For m ≥ d, all in d × d. Returns whether E was too close to singular; then nothing has changed."""
+def _large(f: Factors, b: Batch, lr: float, keep: float, limit: float) -> bool:
+    """For m ≥ d, all in d × d. Returns whether U E is too close to singular; then nothing has changed."""
     s, z = (t.to(F64) for t in _gram_change(f, b, lr, keep))
     e = keep * torch.eye(len(s), dtype=F64, device=s.device) - lr * s
     lu, pivots = torch.linalg.lu_factor(e)
     if lu.diagonal().abs().min() < SINGULAR:
         return True
+    inverse = (f.inverse + lr * (s @ torch.linalg.lu_solve(lu, pivots, f.inverse))) / keep
+    if _turn(f, keep * f.u - lr * (f.u @ s), inverse, limit):
+        return True
     _vectors(f, b, lr, keep)
-    change = lr * (f.u @ s)
-    f.u.mul_(keep).sub_(change)
-    f.inverse.add_(lr * (s @ torch.linalg.lu_solve(lu, pivots, f.inverse))).div_(keep)
     f.gram.mul_(keep * keep).sub_(z).sub_(z.t())
     _scatter(f, b, lr, b.h @ f.inverse.to(b.h.dtype))
     return False
