@@ -63,10 +63,13 @@ int fl_spherical_visit(const fl_factors* f, const fl_blas* blas, const fl_visit*
 int fl_spherical_backward(const fl_factors* f, const fl_blas* blas, const fl_visit* visit, const double* upstream,
                           const fl_batch* batch, void* dh);
 
-// W <- keep W - lr dL/dW. Same inputs, same bits, for any number of threads. FL_SPHERICAL_SINGULAR: U E is too close to
-// singular to be inverted, and nothing was changed; P U E has to be made, which is left to the caller.
-#define FL_SPHERICAL_SINGULAR -1
-int fl_spherical_step(const fl_factors* f, const fl_blas* blas, const fl_batch* batch, double lr, double keep);
+// W <- keep W - lr dL/dW. Same inputs, same bits, for any number of threads. FL_SPHERICAL_ILL: U E would have
+// |U E| |(U E)^-1| / d above `limit`, or be far from size 1, or have no inverse, and nothing was changed; P U E has to be
+// made, which is left to the caller.
+#define FL_SPHERICAL_ILL -1
+#define FL_SPHERICAL_SMALLEST 1e-6   // of |U E| / sqrt(d); the largest is 1 / that
+int fl_spherical_step(const fl_factors* f, const fl_blas* blas, const fl_batch* batch, double lr, double keep,
+                      double limit);
 
 // P <- P by (d x d), in place, block by block. Of the factors only P is looked at.
 int fl_spherical_multiply(const fl_factors* f, const fl_blas* blas, const double* by);

@@ -64,13 +64,13 @@ void backward(const fl_factors& f, const fl_blas& blas, int64_t m, int64_t k, Ad
   released([&] { return fl_spherical_backward(&f, &blas, &v, pointer<double>(upstream), &b, pointer<void>(dh)); });
 }
 
-bool step(const fl_factors& f, const fl_blas& blas, double lr, double keep, int64_t m, int64_t k, Address h,
-          Address target, Address t, Address gamma, Address alpha, Address hu, Address yw, Address gh) {
+bool step(const fl_factors& f, const fl_blas& blas, double lr, double keep, double limit, int64_t m, int64_t k,
+          Address h, Address target, Address t, Address gamma, Address alpha, Address hu, Address yw, Address gh) {
   fl_batch b{};
   b.m = m, b.k = k, b.h = pointer<void>(h), b.target = pointer<int64_t>(target);
   b.t = pointer<double>(t), b.gamma = pointer<double>(gamma), b.alpha = pointer<double>(alpha);
   b.hu = pointer<void>(hu), b.yw = pointer<void>(yw), b.gh = pointer<void>(gh);
-  return released([&] { return fl_spherical_step(&f, &blas, &b, lr, keep); }) != FL_SPHERICAL_SINGULAR;
+  return released([&] { return fl_spherical_step(&f, &blas, &b, lr, keep, limit); }) != FL_SPHERICAL_ILL;
 }
 
 void multiply(const fl_factors& f, const fl_blas& blas, Address by) {

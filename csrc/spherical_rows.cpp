@@ -51,6 +51,17 @@ void change(double* FL_UNALIASED x, const T* FL_UNALIASED change, double keep, d
 }
 
 template <class T>
+double changed(const double* x, const T* change, double keep, double by, int64_t count) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < count; ++i) {
+    const double to = keep * x[i] + by * change[i];
+    sum += to * to;
+  }
+  return sum;
+}
+
+template <class T>
 void visit(const fl_factors& f, const fl_visit& v, int32_t loss, const double* parameters, int64_t first, int64_t end) {
   const int64_t d = f.d, k = v.k;
   double local[64];   // scores of a row's targets; more of them use alpha's own memory, which is written last
@@ -209,7 +220,7 @@ void scatter(const Groups& g, const T* rows, const fl_factors& f, double lr, int
 }  // namespace
 
 #define FL_SPHERICAL_TABLE(T) \
-  {narrow<T>, scaled<T>, change<T>, visit<T>, backward<T>, weigh<T>, weighted<T>, mirrored<T>, joined<T>, less<T>, \
+  {narrow<T>, scaled<T>, change<T>, changed<T>, visit<T>, backward<T>, weigh<T>, weighted<T>, mirrored<T>, joined<T>, less<T>, \
    gather<T>, scatter<T>}
 
 extern const SphericalRows<float> spherical_float = FL_SPHERICAL_TABLE(float);

@@ -23,6 +23,7 @@ struct SphericalRows {
   void (*scaled)(const T* from, T* to, T by, int64_t count);
   // x = keep x + by change
   void (*change)(double* x, const T* change, double keep, double by, int64_t count);
+  double (*changed)(const double* x, const T* change, double keep, double by, int64_t count);   // its sum of squares
   // Losses and derivatives of examples whose hq and hu are there.
   void (*visit)(const fl_factors&, const fl_visit&, int32_t loss, const double* parameters, int64_t first, int64_t end);
   // batch.yw holds picked U of the visit

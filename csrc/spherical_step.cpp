@@ -57,12 +57,13 @@ int terms(double size) {
 template <class T>
 class Step {
  public:
-  Step(const fl_factors& f, const fl_blas& blas, const fl_batch& b, double lr, double keep)
-      : f(f), b(b), lr(lr), keep(keep), m(b.m), d(f.d), rows(spherical_rows<T>()), by(blas), sorted(b),
+  Step(const fl_factors& f, const fl_blas& blas, const fl_batch& b, double lr, double keep, double limit)
+      : f(f), b(b), lr(lr), keep(keep), limit(limit), m(b.m), d(f.d), rows(spherical_rows<T>()), by(blas), sorted(b),
         groups(sorted.groups()), tasks(blas, (double)m * d * std::min(m, d)), h((const T*)b.h) {
     hg = room.take<T>(m * d), both = room.take<T>(m * d), small = room.take<T>(m * d);
     along = room.take<double>(m), ones = room.take<double>(m);
     of_offset = room.take<double>(d), of_mean = room.take<double>(d), of_ones = room.take<double>(d);
+    of_u = room.take<double>(d), of_inverse = room.take<double>(d);
   }
 
   int run() { return m < d ? few() : many(); }
@@ -106,9 +107,7 @@ class Step {
 
   // Is (keep I - A)^-1 a short series? If not, it is factorised, in a task.
   void prepare(T* a, int64_t size, const double* squares) {
-    double sum = 0;
-    for (int64_t i = 0; i < divide_up(size, Tasks::height(size)); ++i) sum += squares[i];
-    count = terms<T>(std::sqrt(sum) / std::abs(keep));
+    count = terms<T>(std::sqrt(total(squares, size)) / std::abs(keep));
     if (count > 0) return;
     factors = room.take<T>(size * size);
     pivots = room.take<int32_t>(size);
@@ -146,13 +145,30 @@ class Step {
     tasks.slice(d, [=](int64_t i, int64_t end) { rows.less(f.gram, z, d, keep * keep, i, end); });
   }
 
-  // x <- kept x + times A B, d x d, of A (d x depth; where transposed, depth x d); `change` is room for the product.
-  void increment(double* x, double kept, double times, char a_is, const T* a, const T* right, int64_t depth,
-                 T* change) {
+  // change = A B (d x d) of A (d x depth; where transposed, depth x d), and the sums of squares, by slices, that
+  // kept x + times change will have.
+  void propose(const double* x, double kept, double times, char a_is, const T* a, const T* right, int64_t depth,
+               T* change, double* squares) {
     tasks.slice(d, [=](int64_t i, int64_t end) {
       by.product(a_is, 'n', end - i, d, depth, 1, a_is == 'n' ? a + i * d : a + i, d, right, d, 0, change + i * d, d);
+      squares[i / Tasks::height(d)] = rows.changed(x + i * d, change + i * d, kept, times, (end - i) * d);
+    });
+  }
+  void accept(double* x, double kept, double times, const T* change) {
+    tasks.slice(d, [=](int64_t i, int64_t end) {
       rows.change(x + i * d, change + i * d, kept, times, (end - i) * d);
     });
+  }
+
+  static double total(const double* squares, int64_t size) {
+    double sum = 0;
+    for (int64_t i = 0; i < divide_up(size, Tasks::height(size)); ++i) sum += squares[i];
+    return sum;
+  }
+  // Of U and its inverse as proposed.
+  bool ill() const {
+    const double u = std::sqrt(total(of_u, d)), inverse = std::sqrt(total(of_inverse, d)), size = u / std::sqrt(d);
+    return !(u * inverse <= limit * d && size >= FL_SPHERICAL_SMALLEST && size <= 1 / FL_SPHERICAL_SMALLEST);
   }
 
   void scatter(const T* from) {
@@ -178,7 +194,7 @@ class Step {
 
   const fl_factors& f;
   const fl_batch& b;
-  const double lr, keep;
+  const double lr, keep, limit;
   const int64_t m, d;
   const SphericalRows<T>& rows;
   const Blas<T> by;
@@ -189,6 +205,7 @@ class Step {
   const T* const h;
   T *hg, *both, *small;                                     // m x d: 2 gamma h, gh + yw, and room
   double *along, *ones, *of_offset, *of_mean, *of_ones;     // 2 gamma (h . offset) - ones / n, sum_k alpha; sums of h
+  double *of_u, *of_inverse;                                // sums of squares, by slices
   int count = 0;                                            // terms of the series; 0: factors of keep I - A
   T* factors = nullptr;
   int32_t* pivots = nullptr;
@@ -227,11 +244,17 @@ int Step<T>::few() {
     by.product('t', 'n', end - i, d, m, 1, h + i, d, small, d, 0, z + i * d, d);
   });
   tasks.run();
-  if (least < kSingular) return FL_SPHERICAL_SINGULAR;
+  if (least < kSingular) return FL_SPHERICAL_ILL;
 
   const T* const n = solve(a, m, x, both);
-  increment(f.u, keep, -lr, 't', (const T*)b.hu, hg, m, inverse);
-  increment(f.inverse, 1 / keep, lr / keep, 't', hg, n, m, change);
+  T* const of_u_change = inverse;   // the old inverse has been looked at
+  propose(f.u, keep, -lr, 't', (const T*)b.hu, hg, m, of_u_change, of_u);
+  propose(f.inverse, 1 / keep, lr / keep, 't', hg, n, m, change, of_inverse);
+  tasks.run();
+  if (ill()) return FL_SPHERICAL_ILL;
+
+  accept(f.u, keep, -lr, of_u_change);
+  accept(f.inverse, 1 / keep, lr / keep, change);
   change_gram(z);
   change_vectors();
   scatter(n);
@@ -278,15 +301,20 @@ int Step<T>::many() {
     by.product('n', 'n', end - i, d, d, (T)(-lr / 2), a + i * d, d, y, d, 1, z + i * d, d);
   });
   tasks.run();
-  if (least < kSingular) return FL_SPHERICAL_SINGULAR;
+  if (least < kSingular) return FL_SPHERICAL_ILL;
 
   // The new inverse, in T, is what the examples are multiplied by; the state takes its change.
-  increment(f.u, keep, -1, 'n', u, a, d, change);
+  propose(f.u, keep, -1, 'n', u, a, d, change, of_u);
   const T* const n = solve(a, d, inverse, half);
-  increment(f.inverse, 1 / keep, 1 / keep, 'n', a, n, d, y);
+  propose(f.inverse, 1 / keep, 1 / keep, 'n', a, n, d, y, of_inverse);
   tasks.slice(m, [=](int64_t i, int64_t end) {
     by.product('n', 'n', end - i, d, d, 1, h + i * d, d, n, d, 0, small + i * d, d);
   });
+  tasks.run();
+  if (ill()) return FL_SPHERICAL_ILL;
+
+  accept(f.u, keep, -1, change);
+  accept(f.inverse, 1 / keep, 1 / keep, y);
   change_gram(z);
   change_vectors();
   tasks.run();
@@ -296,21 +324,22 @@ int Step<T>::many() {
 }
 
 template <class T>
-int step(const fl_factors& f, const fl_blas& blas, const fl_batch& b, double lr, double keep) {
-  return Step<T>(f, blas, b, lr, keep).run();
+int step(const fl_factors& f, const fl_blas& blas, const fl_batch& b, double lr, double keep, double limit) {
+  return Step<T>(f, blas, b, lr, keep, limit).run();
 }
 
 }  // namespace
 }  // namespace fl
 
-extern "C" int fl_spherical_step(const fl_factors* f, const fl_blas* blas, const fl_batch* b, double lr, double keep) {
+extern "C" int fl_spherical_step(const fl_factors* f, const fl_blas* blas, const fl_batch* b, double lr, double keep,
+                                 double limit) {
   if (int status = fl::check("step", f, blas)) return status;
   if (int status = fl::check_examples("step", f, b->m, b->k, b->target)) return status;
   if (b->m == 0) return 0;
-  if (std::abs(keep) < fl::kSingular) return FL_SPHERICAL_SINGULAR;
+  if (std::abs(keep) < fl::kSingular) return FL_SPHERICAL_ILL;
   try {
-    return f->type == FL_SPHERICAL_FLOAT ? fl::step<float>(*f, *blas, *b, lr, keep)
-                                         : fl::step<double>(*f, *blas, *b, lr, keep);
+    return f->type == FL_SPHERICAL_FLOAT ? fl::step<float>(*f, *blas, *b, lr, keep, limit)
+                                         : fl::step<double>(*f, *blas, *b, lr, keep, limit);
   } catch (const std::bad_alloc&) {
     return fl::fail("step: no memory");
   }

@@ -260,7 +260,7 @@ def state(u, inverse, gram, change_u, change_inverse, change_gram, sizes, width,
 
 @triton.jit
 def ill(sizes, parts, width, limit, BLOCK: tl.constexpr):
-    """1 where ‖U‖ ‖U⁻¹‖ / d is above the limit, or no number; else 0."""
+    """1 where U is `ill` (fusedloss/spherical/factors.py), else 0."""
     lane = tl.arange(0, BLOCK)
     first, second = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
     for begin in range(0, parts, BLOCK):
@@ -268,7 +268,9 @@ def ill(sizes, parts, width, limit, BLOCK: tl.constexpr):
         first += tl.load(sizes + begin + lane, mask=here, other=0.0)
         second += tl.load(sizes + parts + begin + lane, mask=here, other=0.0)
     both = tl.sqrt(tl.sum(first, 0)) * tl.sqrt(tl.sum(second, 0))
-    return tl.where(both <= width * number(limit), 0, 1)
+    size = tl.sum(first, 0) / width
+    well = (both <= width * number(limit)) & (size >= 1e-12) & (size <= 1e12)
+    return tl.where(well, 0, 1)
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 Forward, backward and step are some thirty operations (a hundred and forty in steps.py), which take longer to start than
 to run; what matters is how few they are, and that nothing waits for the device. No number is read back, there is no
 `unique`, shapes depend on shapes alone: a CUDA graph can record a step. What steps.py decides by reading a pivot is
-decided on the device. U′ = U E and its inverse are formed first; where ‖U′‖ ‖U′⁻¹‖ / d is above `condition_limit`, or
+decided on the device. U′ = U E and its inverse are formed first; where ‖U′‖ ‖U′⁻¹‖ / d is above `limit`, or
 no number because E has no inverse, one kernel multiplies P by U′, a block of rows at a time, and the next ones make
 U = 1 and use H for H U′⁻¹. Where it is not, which is nearly always, that kernel returns at once. It is the folding of
 steps.py, and all the upkeep that U needs: after a step there is nothing to rebalance, so nobody has to ask for
@@ -28,7 +28,6 @@ from .family import Member
 from .steps import F64, Batch, Visit
 
 CONDITION_LIMIT = 8.0
-upkeep = True
 
 
 def _like(b: Batch | Visit) -> dict[str, Tensor]:
@@ -59,12 +58,13 @@ def backward(f: Factors, v: Visit, upstream: Tensor) -> tuple[Tensor, Batch]:
     return dh, b
 
 
-def step(f: Factors, b: Batch, lr: float, decay: float = 0.0, condition_limit: float = CONDITION_LIMIT) -> None:
-    """W ← (1 − lr · decay) W − lr ∂L/∂W, exactly; U is left with a condition of at most `condition_limit`."""
+def step(f: Factors, b: Batch, lr: float, decay: float = 0.0, limit: float = CONDITION_LIMIT) -> bool:
+    """As in steps.py, but whether U was moved into P is not asked: it says that it was not."""
     if len(b.h):
         b = Batch(**{name: value.contiguous() for name, value in vars(b).items()})
         with exact(b.h.device):
-            run(_step(f, b, lr, 1 - lr * decay, condition_limit), b.h.device)
+            run(_step(f, b, lr, 1 - lr * decay, limit), b.h.device)
+    return False
 
 
 def _step(f: Factors, b: Batch, lr: float, keep: float, limit: float) -> Iterator[launch.Launch]:

@@ -1,5 +1,4 @@
-"""Who computes the steps of a factored layer: each engine has `visit`, `backward` and `step` as steps.py means them, and
-says in `upkeep` whether its step keeps U well-conditioned too."""
+"""Who computes the steps of a factored layer: each engine has `visit`, `backward` and `step` as steps.py means them."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import isfinite, sqrt
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from . import evaluation, preconditioned, ranks
 from . import momentum as moving
 from .engines import engine
 from .exact import exact
+from .factors import ill
 from .family import Member, member
 from .gradients import Losses, leaf
 from .steps import Batch, squared_norm
@@ -184,24 +185,17 @@ class FactoredLinear(FactoredWeight):
         return True
 
     def _descend(self, batch: Batch, lr: float, decay: float, preconditioner: Tensor | Callable | None) -> None:
-        f, by = self.factors, engine(self.factors)
+        f, limit = self.factors, self.condition_limit
         if self.momentum:
             moving.step(f, batch, lr, decay, self.momentum, self.nesterov)
+            if moving.condition(f, lr, self.momentum) > moving.LIMIT:
+                self._rebalance()
         elif preconditioner is not None:
             preconditioned.step(f, batch, lr, decay, preconditioner)
-        elif by.upkeep:
-            return by.step(f, batch, lr, decay, self.condition_limit)
+            if ill(f.u, f.inverse, limit):
+                self._rebalance()
         else:
-            by.step(f, batch, lr, decay)
-        self._mend()
-
-    def _mend(self) -> None:
-        """Rebalance where U needs it: ill-conditioned, or grown or shrunk as a whole, as by weight decay."""
-        f, limit = self.factors, moving.LIMIT if self.momentum else self.condition_limit
-        condition = moving.condition(f, self._lr, self.momentum) if self.momentum else f.condition()
-        condition, size = torch.stack([condition, f.u.norm() / sqrt(len(f.u))]).tolist()
-        if isfinite(size) and (condition > limit or not 1e-6 <= size <= 1e6):
-            self._rebalance()
+            self.rebalances += engine(f).step(f, batch, lr, decay, limit)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop what is queued."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 1 << 14  # rows of P at a time
+SMALLEST = 1e-6  # of ‖U‖ / √d; the largest is 1 / that
 
 
 @dataclass
@@ -38,12 +39,14 @@ class Factors:
         return self.p[index] @ self.u.to(self.p.dtype) + (self.offset + self.mean).to(self.p.dtype)
 
     def condition(self) -> Tensor:
-        return condition(self.u, self.inverse)
+        """‖U‖ ‖U⁻¹‖ / d in Frobenius norms: 1 for a multiple of a rotation, never above cond₂(U)."""
+        return self.u.norm() * self.inverse.norm() / len(self.u)
 
 
-def condition(u: Tensor, inverse: Tensor) -> Tensor:
-    """‖U‖ ‖U⁻¹‖ / d in Frobenius norms: 1 for a multiple of a rotation, never above cond₂(U)."""
-    return u.norm() * inverse.norm() / len(u)
+def ill(u: Tensor, inverse: Tensor, limit: float) -> bool:
+    """Whether the condition is above the limit, or no number, or U as a whole far from size 1: decay shrinks it for ever."""
+    size, other = torch.stack([u.norm(), inverse.norm()]).tolist()
+    return not (size * other <= limit * len(u) and SMALLEST <= size / len(u) ** 0.5 <= 1 / SMALLEST)
 
 
 def gram_of(w: Tensor, mean: Tensor) -> Tensor:

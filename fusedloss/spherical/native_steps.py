@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -19,7 +20,6 @@ from .factors import Factors
 from .family import Member
 from .steps import F64, Batch, Visit
 
-upkeep = False
 I64 = torch.int64
 LETTERS = {torch.float32: "s", F64: "d"}
 ROUTINES = ("gemm", "getrf", "trsm")
@@ -106,15 +106,17 @@ def backward(f: Factors, v: Visit, upstream: Tensor) -> tuple[Tensor, Batch]:
     return dh, Batch(alpha, t, gamma, v.h, v.target, v.hu, yw, gh)
 
 
-def step(f: Factors, b: Batch, lr: float, decay: float = 0.0) -> None:
-    """W ← (1 − lr · decay) W − lr ∂L/∂W, exactly."""
+def step(f: Factors, b: Batch, lr: float, decay: float = 0.0, limit: float = math.inf) -> bool:
+    """As in steps.py."""
     (m, k), d, dtype = b.target.shape, f.p.shape[1], f.p.dtype
     b = Batch(**{name: part.contiguous() for name, part in vars(b).items()})
     given = _is("h", b.h, (m, d), dtype), _is("target", b.target, (m, k), I64)
     given += _is("t", b.t, (m,), F64), _is("gamma", b.gamma, (m,), F64), _is("alpha", b.alpha, (m, k), F64)
     given += tuple(_is(name, getattr(b, name), (m, d), dtype) for name in ("hu", "yw", "gh"))
-    if not _native.spherical_step(_factors(f), blas(dtype), lr, 1 - lr * decay, m, k, *given):
-        steps._folding(f, b, lr, 1 - lr * decay)
+    ill = not _native.spherical_step(_factors(f), blas(dtype), lr, 1 - lr * decay, limit, m, k, *given)
+    if ill:
+        steps.fold(f, b, lr, 1 - lr * decay)
+    return ill
 
 
 def multiply(p: Tensor, k: Tensor) -> None:

@@ -13,11 +13,10 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from .factors import Factors, condition, multiply
+from .factors import Factors, ill, multiply
 from .family import Member
 
 F64 = torch.float64
-upkeep = False
 
 
 @dataclass
@@ -114,7 +113,7 @@ def squared_norm(f: Factors, b: Batch) -> Tensor:
 
 
 def step(f: Factors, b: Batch, lr: float, decay: float = 0.0, limit: float = math.inf) -> bool:
-    """W ← (1 − lr · decay) W − lr ∂L/∂W, exactly. Where U's condition would exceed `limit`, U is moved into P instead.
+    """W ← (1 − lr · decay) W − lr ∂L/∂W, exactly. Where that would make U `ill`, U is moved into P instead.
 
     Returns whether it was: that is a pass over P. To step and to rebalance afterwards costs the same, but makes the rows
     of the targets with the inverse of an ill-conditioned U: their rounding errors, times its condition, stay in W.
@@ -123,7 +122,7 @@ def step(f: Factors, b: Batch, lr: float, decay: float = 0.0, limit: float = mat
     way = _small if len(b.h) < b.h.shape[1] else _large
     refused = len(b.h) > 0 and (abs(keep) < SINGULAR or way(f, b, lr, keep, limit))
     if refused:
-        _folding(f, b, lr, keep)
+        fold(f, b, lr, keep)
     return refused
 
 
@@ -146,8 +145,8 @@ SINGULAR = 1e-4
 
 
 def _turn(f: Factors, u: Tensor, inverse: Tensor, limit: float) -> bool:
-    """Take U and its inverse, unless their condition is above the limit; returns whether it is."""
-    if condition(u, inverse) > limit:
+    """Take U and its inverse, unless they are ill; returns whether they are."""
+    if ill(u, inverse, limit):
         return True
     f.u.copy_(u)
     f.inverse.copy_(inverse)
@@ -219,7 +218,7 @@ def _large(f: Factors, b: Batch, lr: float, keep: float, limit: float) -> bool:
     return False
 
 
-def _folding(f: Factors, b: Batch, lr: float, keep: float) -> None:
+def fold(f: Factors, b: Batch, lr: float, keep: float) -> None:
     """The same where U E has no inverse worth having: P ← P U E, U ← I. One pass over P."""
     s, z = (t.to(F64) for t in _gram_change(f, b, lr, keep))
     _vectors(f, b, lr, keep)
