@@ -28,7 +28,7 @@ F64, F32 = torch.float64, torch.float32
 REFERENCES = {module.__name__.rpartition(".")[2]: module.reference for module in MEMBERS}
 MARKS = (1, 10, 50, 100, 200)
 EXACT, HONEST = 1e-12, 3.0
-LIMIT = 4.0
+LIMIT = 2.0
 LOSSES = {
     "z": nn.SphericalZLoss(b=5.0),
     "taylor": nn.TaylorSoftmaxLoss(),
