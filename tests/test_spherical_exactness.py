@@ -28,7 +28,7 @@ F64, F32 = torch.float64, torch.float32
 REFERENCES = {module.__name__.rpartition(".")[2]: module.reference for module in MEMBERS}
 MARKS = (1, 10, 50, 100, 200)
 EXACT, HONEST = 1e-12, 3.0
-LIMIT = 4.0
+LIMIT = 1.5  # of U's condition; at 2 spherical softmax is 1.4e-5 off after 20,000 steps, for the same one pass
 LOSSES = {
     "z": nn.SphericalZLoss(b=5.0),
     "taylor": nn.TaylorSoftmaxLoss(),
