@@ -1,5 +1,6 @@
 """The compiled steps of the factored layer: against plain PyTorch's, and against dense gradient descent in float64."""
 
+import copy
 import mmap
 from dataclasses import replace
 
@@ -191,8 +192,8 @@ def test_batches_joined_are_one_step(m):
 def test_a_singular_e_is_folded_into_p(m, d, dtype, tolerance, monkeypatch):
     """‖h‖² · 2γ · lr = 1 along one direction: U E has no inverse, but the step has a meaning."""
     folded = []
-    fold = steps._folding
-    monkeypatch.setattr(steps, "_folding", lambda *given: (folded.append(True), fold(*given)))
+    fold = steps.fold
+    monkeypatch.setattr(steps, "fold", lambda *given: (folded.append(True), fold(*given)))
     loss = member("test", nn.SquaredErrorLoss(mean_over_classes=False))  # γ = 1
     f, _ = twice(d, dtype)
     w, (_, target, share, _) = dense(f), examples(m, d, 1, dtype)
@@ -204,6 +205,41 @@ def test_a_singular_e_is_folded_into_p(m, d, dtype, tolerance, monkeypatch):
     assert folded
     assert error(dense(f), wanted) < tolerance
     assert torch.equal(f.u, torch.eye(d, dtype=F64))
+
+
+@pytest.mark.parametrize("m", (3, 12))
+def test_a_step_that_would_make_u_ill_is_folded(m):
+    """Both engines agree on when, and W is the same whether it was."""
+    loss = member("test", nn.SquaredErrorLoss(mean_over_classes=False))
+    h, target, share, upstream = examples(m, 8, 1, F64)
+    f, _ = twice(8, F64)
+    native_step(f, h, target, share, upstream, loss, 0.2)
+    reached = f.condition().item()
+    assert reached > 1.05
+    start, same = twice(8, F64)
+    _, _, wanted = dense_step(dense(start), h, target, share, upstream, loss, 0.2, 0.0)
+    batches = [by.backward(x, by.visit(x, h, target, share, loss), upstream)[1] for by, x in ((native_steps, start), (steps, same))]
+    for limit, ill in ((reached * 1.0001, False), (reached * 0.9999, True)):
+        for engine, x, batch in ((native_steps, start, batches[0]), (steps, same, batches[1])):
+            x = copy.deepcopy(x)
+            assert engine.step(x, batch, 0.2, 0.0, limit) is ill
+            assert torch.equal(x.u, torch.eye(8, dtype=F64)) is ill
+            assert error(dense(x), wanted) < 1e-12
+
+
+@pytest.mark.parametrize("decay", [5.0, -1e9], ids=["small", "large"])
+def test_a_u_that_shrinks_or_grows_as_a_whole_is_folded(decay):
+    loss = member("test", LOSSES["squared"])
+    f, plain = twice(8, F64)
+    given = examples(3, 8, 1, F64)
+    _, _, wanted = dense_step(dense(f), *given, loss, 0.1, decay)
+    for engine, x in ((native_steps, f), (steps, plain)):
+        x.u.mul_(2e-6 if decay > 0 else 1.0)
+        x.inverse.div_(2e-6 if decay > 0 else 1.0)
+        x.p.div_(2e-6 if decay > 0 else 1.0)
+        batch = engine.backward(x, engine.visit(x, *given[:3], loss), given[3])[1]
+        assert engine.step(x, batch, 0.1, decay)
+        assert error(dense(x), wanted) < 1e-11
 
 
 @pytest.mark.parametrize("engine", (native_steps, steps), ids=lambda engine: engine.__name__)

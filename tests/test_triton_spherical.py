@@ -181,8 +181,8 @@ if backends.triton.interpreted():
         kept, folded = deepcopy(f), deepcopy(f)
         steps.step(f, b, 0.01)
         condition = f.condition().item()
-        device_steps.step(kept, b, 0.01, condition_limit=condition * 1.0001)
-        device_steps.step(folded, b, 0.01, condition_limit=condition * 0.9999)
+        device_steps.step(kept, b, 0.01, limit=condition * 1.0001)
+        device_steps.step(folded, b, 0.01, limit=condition * 0.9999)
         agree(kept, f, 1e-13, "step")
         assert torch.equal(folded.u, torch.eye(6, dtype=F64)) and (weight(folded) - weight(f)).abs().max() < 1e-13
 
@@ -215,7 +215,7 @@ if backends.triton.interpreted():
             for each in (f, g):
                 visited = device_steps.visit(each, h, target, share, loss)
                 batches.append(device_steps.backward(each, visited, upstream)[1])
-                device_steps.step(each, batches[-1], 0.05, condition_limit=limit)
+                device_steps.step(each, batches[-1], 0.05, limit=limit)
             agree(batches[1], batches[0], 0, "backward")
             agree(g, f, 0, "step")
         assert torch.equal(f.u, torch.eye(d, dtype=F64))

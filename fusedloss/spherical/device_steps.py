@@ -27,7 +27,7 @@ from .factors import Factors
 from .family import Member
 from .steps import F64, Batch, Visit
 
-CONDITION_LIMIT = 8.0
+CONDITION_LIMIT = 1.5
 
 
 def _like(b: Batch | Visit) -> dict[str, Tensor]:

@@ -51,7 +51,8 @@ class FactoredLinear(FactoredWeight):
             and their learning rate is multiplied by bias_scale².
         momentum, nesterov: as in torch.optim.SGD. P is then twice as large.
         condition_limit: a pass over P mends U when ‖U‖ ‖U⁻¹‖ / d exceeds it (with momentum there is a measure of its own);
-            `rebalances` counts these passes.
+            `rebalances` counts these passes, but those of an engine on a GPU. Errors of W grow with it: at 1.5 those of
+            20,000 steps stay near those of dense float32.
         process_group: ranks with replicas of W, made equal here. A step is that of the average of their losses: all of
             them have to call `step` (and `grad_norm`) together, also those with nothing queued.
         device, dtype: of P, float32 or float64. U, δ, m̄ and the Gram matrix are float64.
@@ -70,7 +71,7 @@ class FactoredLinear(FactoredWeight):
         bias_scale: float = 1.0,
         momentum: float = 0.0,
         nesterov: bool = False,
-        condition_limit: float = 8.0,
+        condition_limit: float = 1.5,
         process_group: torch.distributed.ProcessGroup | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
