@@ -1,4 +1,4 @@
-"""What `make gpu` measures of the factored layer: a whole step of SGD, beside that of a dense layer of the same size."""
+"""What `make gpu` measures of the factored layer: a whole step of SGD, beside that of a dense layer."""
 
 from __future__ import annotations
 

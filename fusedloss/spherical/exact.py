@@ -14,8 +14,8 @@ _MATMULS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
 def exact(device: torch.device) -> Iterator[None]:
     """No autocast on `device`, no TF32 or bfloat16 in products of float32; afterwards all is as it was.
 
-    PyTorch refuses to multiply where its older switch and the newer ones disagree: the older moves all of them, unless a
-    newer one was used; then it is not to be touched.
+    PyTorch refuses to multiply where its older switch and the newer ones disagree. The older moves all of them, unless
+    a newer one was used; then it is not to be touched.
     """
     newer = [matmul.fp32_precision for matmul in _MATMULS]
     try:

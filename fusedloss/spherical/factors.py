@@ -1,7 +1,7 @@
 """A weight matrix kept in factors, W = P U + 1 (δ + m̄)ᵀ, and what is done to it whole.
 
-P. Vincent, A. de Brébisson and X. Bouthillier, 2015, arXiv 1412.7091, here centred: P U + 1 δᵀ has columns that sum to 0,
-m̄ is W's mean row, and Q = (W − 1 m̄ᵀ)ᵀ (W − 1 m̄ᵀ). A step changes few rows of P, and all else has d or d² numbers.
+P. Vincent, A. de Brébisson and X. Bouthillier, 2015, arXiv 1412.7091, here centred: P U + 1 δᵀ has columns that sum to
+0, m̄ is W's mean row, and Q = (W − 1 m̄ᵀ)ᵀ (W − 1 m̄ᵀ). A step changes few rows of P, and all else has d or d² numbers.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .gram import Gram
+
 BLOCK = 1 << 14  # rows of P at a time
 SMALLEST = 1e-6  # of ‖U‖ / √d; the largest is 1 / that
 
 
 @dataclass
 class Factors:
-    """n classes of d features. P's dtype is that of products over examples; the rest is float64, changed by increments."""
+    """n classes of d features. P's dtype is that of products over examples; the rest is float64, and only incremented."""
 
     p: Tensor  # (n, d) float32 or float64
     u: Tensor  # (d, d)
@@ -29,10 +31,8 @@ class Factors:
     @classmethod
     def of(cls, p: Tensor) -> Factors:
         """Those of W = p, which is taken over, not copied."""
-        d, device = p.shape[1], p.device
-        eye = torch.eye(d, dtype=torch.float64, device=device)
-        mean = sum((block.sum(0, dtype=torch.float64) for block in p.split(BLOCK)), eye.new_zeros(d)) / p.shape[0]
-        return cls(p, eye, eye.clone(), gram_of(p, mean), -mean, mean)
+        found, eye = Gram.of(p), torch.eye(p.shape[1], dtype=torch.float64, device=p.device)
+        return cls(p, eye, eye.clone(), found.matrix, -found.mean, found.mean)
 
     def rows(self, index: Tensor) -> Tensor:
         """W[index], (*index.shape, d) of P's dtype."""
@@ -44,18 +44,9 @@ class Factors:
 
 
 def ill(u: Tensor, inverse: Tensor, limit: float) -> bool:
-    """Whether the condition is above the limit, or no number, or U as a whole far from size 1: decay shrinks it for ever."""
+    """Whether the condition is above the limit, or no number, or U far from size 1: decay shrinks it for ever."""
     size, other = torch.stack([u.norm(), inverse.norm()]).tolist()
     return not (size * other <= limit * len(u) and SMALLEST <= size / len(u) ** 0.5 <= 1 / SMALLEST)
-
-
-def gram_of(w: Tensor, mean: Tensor) -> Tensor:
-    """(W − 1 m̄ᵀ)ᵀ (W − 1 m̄ᵀ) in float64, block by block: W is read once, its copy never whole."""
-    gram = mean.new_zeros(w.shape[1], w.shape[1], dtype=torch.float64)
-    for block in w.split(BLOCK):
-        away = block.to(torch.promote_types(w.dtype, torch.float32)) - mean.to(torch.promote_types(w.dtype, torch.float32))
-        gram += away.t() @ away
-    return gram
 
 
 def multiply(p: Tensor, k: Tensor) -> None:
@@ -70,10 +61,10 @@ def multiply(p: Tensor, k: Tensor) -> None:
 
 
 def rebalance(f: Factors) -> None:
-    """Move from U to P what makes U ill-conditioned: singular values outside [½, 2]. W does not change; one pass over P.
+    """Move from U to P what makes U ill-conditioned: singular values outside [½, 2]. W stays as it is; one pass over P.
 
-    The error of W is about cond(U) · eps(P), so how long this may wait depends on the loss and the learning rate, not on
-    a number of steps (mean squared error at lr 0.1 reaches a condition of 10⁹ within 50 steps).
+    The error of W is about cond(U) · eps(P): how long this may wait depends on the loss and the learning rate, not on a
+    number of steps (the squared error at lr 0.1 reaches a condition of 10⁹ within 50 steps).
     """
     left, sizes, right = torch.linalg.svd(f.u)
     out = (sizes < 0.5) | (sizes > 2)

@@ -35,7 +35,8 @@ class Member:
 def member(caller: str, loss: Loss) -> Member:
     """What the module of a spherical loss stands for; `weight`, `ignore_index` and `reduction` stay with the module."""
     module = sys.modules[loss.function.__module__] if isinstance(loss, Loss) else None
-    names = ", ".join("".join(part.capitalize() for part in name.__name__.split(".")[-1].split("_")) for name in MEMBERS)
+    words = [file.__name__.rpartition(".")[2].split("_") for file in MEMBERS]
+    names = ", ".join("".join(map(str.capitalize, name)) for name in words)
     expect(module in MEMBERS, caller, "loss", f"one of fusedloss.nn's {names}", type(loss).__name__, TypeError)
     options = {name: getattr(loss, name) for name in loss.names if name not in _COMMON}
     for name, value in options.items():

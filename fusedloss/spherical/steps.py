@@ -101,7 +101,7 @@ def gradient_gram(f: Factors, b: Batch) -> Tensor:
     hg = (2 * b.gamma).unsqueeze(1).to(b.h.dtype) * b.h
     half = (b.gh + b.yw) @ hg.t() / 2
     _, at = b.target.unique(return_inverse=True)
-    y = torch.zeros(len(b.h), int(at.max()) + 1, dtype=b.h.dtype, device=b.h.device).scatter_add_(1, at, b.alpha.to(b.h.dtype))
+    y = b.h.new_zeros(len(b.h), int(at.max()) + 1).scatter_add_(1, at, b.alpha.to(b.h.dtype))
     ones = b.alpha.sum(1).to(b.h.dtype)
     return half + half.t() + y @ y.t() - torch.outer(ones, ones / f.p.shape[0])
 
@@ -115,8 +115,8 @@ def squared_norm(f: Factors, b: Batch) -> Tensor:
 def step(f: Factors, b: Batch, lr: float, decay: float = 0.0, limit: float = math.inf) -> bool:
     """W ← (1 − lr · decay) W − lr ∂L/∂W, exactly. Where that would make U `ill`, U is moved into P instead.
 
-    Returns whether it was: that is a pass over P. To step and to rebalance afterwards costs the same, but makes the rows
-    of the targets with the inverse of an ill-conditioned U: their rounding errors, times its condition, stay in W.
+    Returns whether it was: that is a pass over P. To step and to rebalance afterwards costs the same, but makes the
+    rows of the targets with the inverse of an ill-conditioned U: their rounding errors, times its condition, stay in W.
     """
     keep = 1 - lr * decay
     way = _small if len(b.h) < b.h.shape[1] else _large
