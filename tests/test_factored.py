@@ -55,7 +55,7 @@ class Dense:
     def __init__(self, head, lr, weight_decay=0.0, **options):
         self.loss, self.linear = head.loss, head.materialize(F64)
         groups = [{"params": [self.linear.weight]}]
-        if head.bias:
+        if head.has_bias:
             square = head.bias_scale**2
             groups.append({"params": [self.linear.bias], "lr": lr * square, "weight_decay": weight_decay / square})
         self.optimizer = torch.optim.SGD(groups, lr, weight_decay=weight_decay, **options)
@@ -647,7 +647,7 @@ def test_state_dicts_that_do_not_fit():
     head = FactoredLinear(D, N)
     model = torch.nn.Sequential(head)
     state = model.state_dict()
-    assert list(state) == ["0.factors.p", "0.factors.u", "0.factors.offset", "0.factors.mean", "0.factors.gram"]
+    assert list(state) == [f"0.factors.{name}" for name in ("p", "u", "inverse", "gram", "offset", "mean")]
     before = weights(head)
     other = torch.nn.Sequential(FactoredLinear(D, N)).state_dict()
     for wrong, words in (
@@ -693,7 +693,7 @@ def test_repr():
         f"FactoredLinear(\n  {D}, {N}, dtype=torch.float32, bias=True, bias_scale=0.5, momentum=0.9, nesterov=True\n"
         in shown
     )
-    assert "(loss): SphericalZLoss()" in shown
+    assert "(loss): SphericalZLoss(a=" in shown
 
 
 @pytest.mark.unpoisoned
@@ -746,7 +746,7 @@ H, Y = torch.zeros(4, D), torch.zeros(4, dtype=torch.int64)
         (lambda x: x(H[:, 1:], Y), ValueError, r"FactoredLinear: h: expected \(\*leading, 8\), got \(4, 7\)"),
         (lambda x: x(H, Y.float()), TypeError, "FactoredLinear: target: expected an integer tensor"),
         (lambda x: x(H, Y[1:]), ValueError, r"FactoredLinear: target: expected shape \(4,\)"),
-        (lambda x: x(H, Y[:, None][:, :0]), ValueError, "FactoredLinear: target: expected at least one column"),
+        (lambda x: x(H, Y[:, None][:, :0]), ValueError, "FactoredLinear: target: expected indices of at least one class"),
         (lambda x: x(H, Y, H), ValueError, r"FactoredLinear: row_weight: expected shape \(4,\), got \(4, 8\)"),
         (lambda x: x.step(-1.0), ValueError, "FactoredLinear: lr: expected"),
         (lambda x: x.step(torch.tensor(0.1)), TypeError, "FactoredLinear: lr: expected a number"),
@@ -813,3 +813,46 @@ def test_right_preconditioners(kind):
     moving = FactoredLinear(d, n, momentum=0.5)
     with pytest.raises(ValueError, match="preconditioner: expected None in a layer with momentum"):
         moving.step(0.1, preconditioner=fixed)
+
+
+def test_clipping_and_a_factor_together():
+    """max_norm is of the gradient times grad_scale."""
+    head, h, target = layer(), features(6), classes(6)
+    weight = head.materialize().weight.detach().clone().requires_grad_()
+    gradient = torch.autograd.grad(head.loss(h.detach() @ weight.t(), target), weight)[0] * 0.25
+    for part in (0.5, 2.0):
+        same = copy.deepcopy(head)
+        same(h, target).backward()
+        same.step(0.7, max_norm=part * gradient.norm().item(), grad_scale=0.25)
+        wanted = weight - 0.7 * min(1.0, part) * gradient
+        assert error(same.materialize().weight, wanted.detach()) < 1e-6  # of clip_grad_norm_'s 1e-6
+
+
+@pytest.mark.parametrize("part", ["alpha", "t", "gamma", "h", "gh"])
+def test_whatever_is_not_finite_stops_a_step(part):
+    head, h, target = layer(), features(6), classes(6)
+    before = head.materialize().weight
+    head(h, target).backward()
+    getattr(head._queue.batches[0], part).view(-1)[3] = math.inf
+    assert head.step(0.1) is False
+    assert torch.equal(head.materialize().weight, before) and head.grad_norm() == 0
+
+
+def test_another_loss_from_one_step_to_the_next():
+    head, h, target = layer(fl.nn.SphericalZLoss(a=30.0, b=15.0, eps=0.0)), features(6), classes(6)
+    head(h, target)
+    for loss in (fl.nn.SquaredErrorLoss(value=30.0, k=15.0, mean_over_classes=False), fl.nn.TaylorSoftmaxLoss()):
+        head.loss = loss
+        assert error(head(h, target), loss(h @ head.materialize().weight.t(), target)) < 1e-12
+    head.loss = torch.nn.CrossEntropyLoss()
+    with pytest.raises(TypeError, match="FactoredLinear: loss: expected one of"):
+        head(h, target)
+
+
+def test_a_matrix_of_0_and_1_is_no_list_of_classes():
+    head, h = layer(), features(6)
+    for loss in (head, lambda h, target: fl.spherical_z_loss(h @ head.materialize().weight.t(), target)):
+        with pytest.raises(ValueError, match="target: expected indices of at least one class to a row"):
+            loss(h, torch.randint(0, 2, (6, N)))
+        with pytest.raises(ValueError, match="target: expected indices of at least one class to a row"):
+            loss(h, torch.zeros(6, 0, dtype=torch.int64))

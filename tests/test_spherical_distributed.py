@@ -58,7 +58,7 @@ def same_everywhere(*tensors):
 
 LOSSES = {
     "z": nn.SphericalZLoss(),
-    "softmax": nn.SphericalSoftmaxLoss(),
+    "softmax": nn.SphericalSoftmaxLoss(eps=1.0),  # at a small eps rounding grows along the way
     "taylor": nn.TaylorSoftmaxLoss(),
     "squared": nn.SquaredErrorLoss(),
 }

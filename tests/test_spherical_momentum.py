@@ -25,6 +25,11 @@ def relative(got, truth):
     return ((got.double() - truth.double()).norm() / truth.double().norm()).item()
 
 
+def doubled(w):
+    """The factors of [W, 0]: weight and velocity."""
+    return Factors.of(torch.nn.functional.pad(w, (0, w.shape[1])))
+
+
 def dense_loss(of, h, w, target, share):
     """(m,) losses through all scores."""
     o = h @ w.t()
@@ -70,7 +75,7 @@ class Dense:
 
 class Factored:
     def __init__(self, w, of, weight_decay=0.0, momentum=0.0, nesterov=False, limit=momenta.LIMIT):
-        self.f, self.of = momenta.double(Factors.of(w.clone())), of
+        self.f, self.of = doubled(w), of
         self.rest, self.limit, self.passes = (weight_decay, momentum, nesterov), limit, 0
 
     def visit(self, h, target, share):
@@ -184,7 +189,7 @@ def test_rows_that_shrink_without_end_are_moved_in_time():
 
 
 def test_no_rows_no_step_and_no_momentum_no_doubling():
-    f = momenta.double(Factors.of(weight()))
+    f = doubled(weight())
     before = [t.clone() for t in vars(f).values()]
     none = torch.zeros(0, 2 * D, dtype=F64)
     empty, zero = torch.zeros(0, dtype=F64), torch.zeros(0, 1)

@@ -15,7 +15,7 @@ from . import momentum as moving
 from .engines import engine
 from .exact import exact
 from .factors import ill
-from .family import Member, member
+from .family import default_loss, member
 from .gradients import Losses, leaf
 from .steps import Batch, squared_norm
 from .weight import NAME, FactoredWeight
@@ -29,11 +29,11 @@ class FactoredLinear(FactoredWeight):
     n is: scores and the gradient of W are never made. P. Vincent, A. de Brébisson and X. Bouthillier, "Efficient Exact
     Gradient Update for training Deep Networks with Very Large Sparse Targets", NeurIPS 2015, arXiv 1412.7091::
 
-        head = FactoredLinear(512, 793_471, fusedloss.nn.SphericalZLoss(b=5.0))
+        head = FactoredLinear(512, 793_471, fusedloss.nn.SphericalZLoss(a=0.05, b=200.0))
         loss = head(trunk(x), target)
         loss.backward()  # gradients of the trunk; that of W is queued in the head
         optimizer.step()
-        head.step(lr=0.1)  # W ← W − lr · ∂L/∂W
+        head.step(lr=20.0)  # W ← W − lr · ∂L/∂W
 
     There are no Parameters: optimizers, `clip_grad_norm_` and DistributedDataParallel see nothing of W. Backward
     passes since the last step add up, as they would in ``.grad``, also two of one graph (``retain_graph``). In eval()
@@ -45,19 +45,21 @@ class FactoredLinear(FactoredWeight):
     after all factors.
 
         in_features, out_features: d and n ≥ 2.
-        loss: SphericalZLoss (None), TaylorSoftmaxLoss, SphericalSoftmaxLoss or SquaredErrorLoss of `fusedloss.nn`. Its
-            class weights, ignore_index and reduction hold here too.
+        loss: SphericalZLoss, TaylorSoftmaxLoss, SphericalSoftmaxLoss or SquaredErrorLoss of `fusedloss.nn`. Its class
+            weights, ignore_index and reduction hold here too. None: SphericalZLoss with b = √n / 5 and a = 10 / b, for b
+            has to grow with n (docs/spherical.md: how to set a, b and the learning rate, about b m / (3 d)).
         bias: n biases, trained as one more column of W for a feature that is always `bias_scale`: they decay with it,
             and their learning rate is multiplied by bias_scale².
         momentum, nesterov: as in torch.optim.SGD. P is then twice as large.
-        condition_limit: a pass over P mends U when ‖U‖ ‖U⁻¹‖ / d exceeds it (momentum has a measure of its own);
-            `rebalances` counts these passes, but on a GPU. Errors of W grow with it: at 1.5, 20,000 steps in float32
-            leave some 5e-6 in the gradient of h.
+        condition_limit: when ‖U‖ ‖U⁻¹‖ / d exceeds it, one pass over P makes U well-conditioned again; `rebalances`
+            counts these passes, but on a GPU. Errors of W grow with it: at 1.5, 20,000 steps in float32 leave some 5e-6
+            in the gradient of h. Not used with momentum, which has a measure of its own.
         process_group: ranks with replicas of W, made equal here. A step is that of the average of their losses: all of
             them have to call `step` (and `grad_norm`) together, also those with nothing queued.
         device, dtype: of P, float32 or float64. U, δ, m̄ and the Gram matrix are float64.
 
-    W starts as in torch.nn.Linear; `load_dense` takes another. SphericalSoftmaxLoss never trains a W of zeros.
+    W starts as in torch.nn.Linear; `load_dense` takes another. SphericalSoftmaxLoss and SphericalZLoss never train a W
+    of zeros.
     ``to(device)`` moves the state; ``half()``, ``to(dtype)`` and the like leave its types as they are.
     """
 
@@ -82,22 +84,12 @@ class FactoredLinear(FactoredWeight):
         expect(not nesterov or momentum > 0, NAME, "nesterov", "a momentum above 0 with it", momentum)
         super().__init__(in_features, out_features, bool(bias), bias_scale, momentum, process_group, device, dtype)
         self.nesterov, self.condition_limit = bool(nesterov), condition_limit
-        self.loss = nn.SphericalZLoss() if loss is None else loss
-        self._known = member(NAME, self.loss), self._options()
-
-    def _options(self) -> tuple:
-        return tuple(getattr(self.loss, name) for name in self.loss.names if name != "weight")
-
-    def _member(self) -> Member:
-        """The loss, with hyperparameters as they are now."""
-        options = self._options()
-        if options != self._known[1]:
-            self._known = member(NAME, self.loss), options
-        return self._known[0]
+        self.loss = default_loss(out_features) if loss is None else loss
+        member(NAME, self.loss)
 
     def extra_repr(self) -> str:
         shown = f"{self.in_features}, {self.out_features}, dtype={self.factors.p.dtype}"
-        bias = f", bias=True, bias_scale={self.bias_scale}" if self.bias else ""
+        bias = f", bias=True, bias_scale={self.bias_scale}" if self.has_bias else ""
         momentum = f", momentum={self.momentum}, nesterov={self.nesterov}" if self.momentum else ""
         return shown + bias + momentum
 
@@ -105,13 +97,13 @@ class FactoredLinear(FactoredWeight):
     def forward(self, h: Tensor, target: Tensor, row_weight: Tensor | None = None) -> Tensor:
         """The loss of features h (*leading, d), of any floating-point type, rounded to P's dtype.
 
-            target: (*leading) class indices, or (*leading, K), several to a row, whose losses are added.
+            target: (*leading) class indices, or (*leading, K), several to a row (indices, not a matrix of 0 and 1).
             row_weight: (*leading) weights of the rows, differentiable.
 
         Returns float32 (float64 for float64 h), a number or (*leading), as the loss' reduction says.
         Raises TypeError, ValueError, IndexError for bad arguments, as the loss would for scores.
         """
-        features, loss, trains = self._features(h), self._member(), self.training
+        features, loss, trains = self._features(h), member(NAME, self.loss), self.training
         wide = torch.float64 if h.dtype == torch.float64 else torch.float32
 
         def losses_of(h: Tensor, target: Tensor, share: Tensor) -> Tensor:
@@ -156,7 +148,8 @@ class FactoredLinear(FactoredWeight):
             preconditioner: G R instead of G, without momentum: R (d, d) float64, or a function that makes it of GᵀG,
                 such as `Muon()` and `Shampoo()` of this package. With biases d is one more.
 
-        Returns True; nothing happens where nothing is queued. Where G is not finite W stays, and False is returned.
+        Returns True. Where nothing is queued nothing happens, and W does not decay. Where G is not finite W stays, and
+        False is returned.
         """
         check_constant(NAME, "lr", lr, 0)
         check_constant(NAME, "weight_decay", weight_decay, 0)
@@ -216,5 +209,5 @@ class FactoredLinear(FactoredWeight):
         expect(isinstance(k, int) and 1 <= k <= self.out_features, NAME, "k", f"1 <= k <= {self.out_features}", k)
         with exact(h.device):
             flat = self._features(h).reshape(h.shape[:-1].numel(), -1)
-            found = evaluation.topk(self.factors, flat, k, self._member().rank)
+            found = evaluation.topk(self.factors, flat, k, member(NAME, self.loss).rank)
         return tuple(t.reshape(*h.shape[:-1], k) for t in found)

@@ -19,7 +19,7 @@ SMALLEST = 1e-6  # of ‖U‖ / √d; the largest is 1 / that
 
 @dataclass
 class Factors:
-    """n classes of d features. P's dtype is that of products over examples; the rest is float64, and only incremented."""
+    """n classes of d features. P's dtype is that of products over examples; the rest is float64, incremented only."""
 
     p: Tensor  # (n, d) float32 or float64
     u: Tensor  # (d, d)
@@ -37,6 +37,12 @@ class Factors:
     def rows(self, index: Tensor) -> Tensor:
         """W[index], (*index.shape, d) of P's dtype."""
         return self.p[index] @ self.u.to(self.p.dtype) + (self.offset + self.mean).to(self.p.dtype)
+
+    def fold(self, u: Tensor) -> None:
+        """P ← P u, U ← 1, in one pass over P."""
+        multiply(self.p, u)
+        for square in (self.u, self.inverse):
+            square.zero_().diagonal().fill_(1)
 
     def condition(self) -> Tensor:
         """‖U‖ ‖U⁻¹‖ / d in Frobenius norms: 1 for a multiple of a rotation, never above cond₂(U)."""
@@ -69,10 +75,7 @@ def rebalance(f: Factors) -> None:
     left, sizes, right = torch.linalg.svd(f.u)
     out = (sizes < 0.5) | (sizes > 2)
     if out.sum() > len(sizes) // 3:
-        multiply(f.p, f.u)
-        f.u.copy_(torch.eye(len(sizes)))
-        f.inverse.copy_(f.u)
-        return
+        return f.fold(f.u)
     moved, by = left[:, out], sizes[out]
     multiply(f.p, torch.eye(len(sizes), dtype=f.u.dtype, device=f.u.device) + (moved * (by - 1)) @ moved.t())
     kept = torch.where(out, 1.0, sizes)

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..checks import expect
 from ..losses import spherical_softmax_loss, spherical_z_loss, squared_error_loss, taylor_softmax_loss
 from ..losses.centred import Centred
+from ..nn import SphericalZLoss
 from ..nn.loss import Loss
 
 MEMBERS = (squared_error_loss, spherical_softmax_loss, taylor_softmax_loss, spherical_z_loss)
@@ -44,6 +45,12 @@ def member(caller: str, loss: Loss) -> Member:
     known = tuple(options.items())
     _try_out(loss.function, known)
     return Member(module.__name__.rpartition(".")[2], module.centred, module.rank, known)
+
+
+def default_loss(classes: int) -> Loss:
+    """The Z-loss with a b that tracks the number of classes: ζ of a row is at most √(n − 1)."""
+    b = classes**0.5 / 5
+    return SphericalZLoss(a=10 / b, b=b)
 
 
 @functools.cache

@@ -9,19 +9,18 @@ import torch
 from torch import Tensor
 
 from ..checks import expect
-from ..nn import SphericalZLoss
 from ..nn.loss import Loss
 from .dense import loss_of
-from .family import member
+from .family import default_loss, member
 from .gram import Gram
 
 
 class Linear(torch.nn.Module):
     """`loss(h @ weight.T + bias, target)` without the scores; weight and bias are Parameters, for any optimizer.
 
-    Constructor: in_features d, out_features n ≥ 2; ``loss``, a `fusedloss.nn` module of the spherical family (default:
-    SphericalZLoss()), which keeps class weights, ignore_index and reduction; bias, device, dtype and the values at the
-    start as of `torch.nn.Linear`. Call: ``head(h, target, row_weight=None)``, as `fusedloss.spherical.linear_loss`.
+    Constructor: in_features d, out_features n ≥ 2; ``loss``, a `fusedloss.nn` module of the spherical family, which
+    keeps class weights, ignore_index and reduction (default: SphericalZLoss with b = √n / 5, a = 10 / b); bias, device,
+    dtype and the values at the start as of `torch.nn.Linear`. Call: ``head(h, target, row_weight=None)``, as `fusedloss.spherical.linear_loss`.
 
     Every call passes over the weight once, to make its Gram matrix. Micro-batches that share a weight can share that::
 
@@ -46,7 +45,7 @@ class Linear(torch.nn.Module):
         layer = torch.nn.Linear(in_features, out_features, bias, device, dtype)
         self.in_features, self.out_features = in_features, out_features
         self.weight, self.bias = layer.weight, layer.bias
-        self.loss = SphericalZLoss() if loss is None else loss
+        self.loss = default_loss(out_features) if loss is None else loss
         member("Linear", self.loss)
         self._frozen: _Frozen | None = None
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..checks import expect
 from .factors import Factors, multiply
-from .steps import F64, SINGULAR, Batch, gradient_square
+from .steps import F64, SINGULAR, Batch, gradient_square, scatter
 
 # `rebalance` is due above this condition. Few passes are saved by a higher one, the condition grows as momentum^-t.
 LIMIT = 1.5
@@ -33,20 +33,10 @@ LIMIT = 1.5
 APART = {torch.float32: 2.0**24, torch.float64: 2.0**8}
 
 
-def double(f: Factors) -> Factors:
-    """[W, 0] for W of n × d: a new P, n × 2d. `rows` of it has W in the first d columns and V in the others."""
-    d = f.p.shape[1]
-    pad = torch.nn.functional.pad
-    u, inverse = pad(f.u, (0, d, 0, d)), pad(f.inverse, (0, d, 0, d))
-    for square in (u, inverse):
-        square.diagonal()[d:] = 1
-    return Factors(pad(f.p, (0, d)), u, inverse, pad(f.gram, (0, d, 0, d)), pad(f.offset, (0, d)), pad(f.mean, (0, d)))
-
-
 def step(f: Factors, b: Batch, lr: float, decay: float, momentum: float, nesterov: bool = False) -> None:
     """One step of torch.optim.SGD(lr, momentum, weight_decay=decay, nesterov=nesterov) from zero velocity.
 
-    f: of doubled width; b: its batch, features (m, 2d) with zeros in the last d columns. No rows, no step.
+    f: the factors of [W, V], V = 0 at first; b: its batch, features (m, 2d) with zeros in the last d columns. No rows, no step.
     """
     expect(0 < momentum < 1, "momentum.step", "momentum", "a number in (0, 1)", momentum)
     if not len(b.h):
@@ -84,9 +74,7 @@ def step(f: Factors, b: Batch, lr: float, decay: float, momentum: float, nestero
         rebalance(f, lr, momentum)
     else:
         bottom.add_(beta * top)
-    rows = h @ (bottom - (nu + beta) * top).to(dtype)
-    moved = b.alpha.to(dtype).unsqueeze(2) * rows.unsqueeze(1)
-    f.p.index_add_(0, b.target.reshape(-1), moved.reshape(-1, 2 * d))
+    scatter(f, b, -1.0, h @ (bottom - (nu + beta) * top).to(dtype))
 
 
 def _undo_plain(top: Tensor, h: Tensor, hg: Tensor, s: Tensor | None, lr: float, keep: float) -> bool:

@@ -20,8 +20,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .factors import Factors, multiply
-from .steps import F64, SINGULAR, Batch, gradient_square
+from .factors import Factors
+from .steps import F64, SINGULAR, Batch, gradient_square, scatter
 
 
 def inverse_root(square: Tensor, eps: float = 0.0) -> Tensor:
@@ -74,10 +74,7 @@ def step(f: Factors, b: Batch, lr: float, decay: float, right: Tensor | Callable
     lu, pivots = torch.linalg.lu_factor(keep * torch.eye(len(e), dtype=F64, device=e.device) - e)
     f.u.copy_(keep * f.u - f.u @ e)
     if lu.diagonal().abs().min() < SINGULAR:
-        multiply(f.p, f.u)
-        f.u.copy_(torch.eye(len(e)))
-        f.inverse.copy_(f.u)
+        f.fold(f.u.clone())
     else:
         f.inverse.add_(e @ torch.linalg.lu_solve(lu, pivots, f.inverse)).div_(keep)
-    moved = b.alpha.to(dtype).unsqueeze(2) * (b.h @ (r @ f.inverse).to(dtype)).unsqueeze(1)
-    f.p.index_add_(0, b.target.reshape(-1), moved.reshape(-1, len(e)), alpha=-1)
+    scatter(f, b, 1.0, b.h @ (r @ f.inverse).to(dtype))

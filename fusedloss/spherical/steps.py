@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from .factors import Factors, ill, multiply
+from .factors import Factors, ill
 from .family import Member
 
 F64 = torch.float64
@@ -134,8 +134,8 @@ def _vectors(f: Factors, b: Batch, lr: float, keep: float) -> None:
     f.mean.mul_(keep).sub_(lr / n * (h.t() @ b.t))
 
 
-def _scatter(f: Factors, b: Batch, lr: float, rows: Tensor) -> None:
-    """P[c] −= lr Σ α rows, over all examples of class c; one thread of work per class, in the order of the examples."""
+def scatter(f: Factors, b: Batch, lr: float, rows: Tensor) -> None:
+    """P[c] −= lr Σ α rows, over all examples of class c."""
     moved = b.alpha.to(rows.dtype).unsqueeze(2) * rows.unsqueeze(1)
     f.p.index_add_(0, b.target.reshape(-1), moved.reshape(-1, rows.shape[1]), alpha=-lr)
 
@@ -168,7 +168,7 @@ def _small(f: Factors, b: Batch, lr: float, keep: float, limit: float) -> bool:
     change = b.h.t() @ (lr * keep * b.gh - lr * lr / 2 * (gradient_gram(f, b) @ b.h))
     _vectors(f, b, lr, keep)
     f.gram.mul_(keep * keep).sub_(change).sub_(change.t())
-    _scatter(f, b, lr, n)
+    scatter(f, b, lr, n)
     return False
 
 
@@ -214,7 +214,7 @@ def _large(f: Factors, b: Batch, lr: float, keep: float, limit: float) -> bool:
         return True
     _vectors(f, b, lr, keep)
     f.gram.mul_(keep * keep).sub_(z).sub_(z.t())
-    _scatter(f, b, lr, b.h @ f.inverse.to(b.h.dtype))
+    scatter(f, b, lr, b.h @ f.inverse.to(b.h.dtype))
     return False
 
 
@@ -222,8 +222,6 @@ def fold(f: Factors, b: Batch, lr: float, keep: float) -> None:
     """The same where U E has no inverse worth having: P ← P U E, U ← I. One pass over P."""
     s, z = (t.to(F64) for t in _gram_change(f, b, lr, keep))
     _vectors(f, b, lr, keep)
-    multiply(f.p, keep * f.u - lr * f.u @ s)
-    f.u.copy_(torch.eye(len(s)))
-    f.inverse.copy_(f.u)
+    f.fold(keep * f.u - lr * f.u @ s)
     f.gram.mul_(keep * keep).sub_(z).sub_(z.t())
-    _scatter(f, b, lr, b.h)
+    scatter(f, b, lr, b.h)

@@ -19,8 +19,8 @@ from .factors import Factors, rebalance
 from .gradients import PickedRows, Queue, leaf
 
 NAME = "FactoredLinear"
-# In a state_dict; U⁻¹ is made again. torch.distributed.checkpoint looks for attributes of these names.
-KEPT = tuple("factors." + name for name in ("p", "u", "offset", "mean", "gram"))
+# In a state_dict. torch.distributed.checkpoint looks for attributes of these names.
+KEPT = tuple("factors." + field.name for field in fields(Factors))
 
 
 class FactoredWeight(torch.nn.Module):
@@ -42,7 +42,8 @@ class FactoredWeight(torch.nn.Module):
             expect(isinstance(value, int) and value >= least, NAME, argument, f"an integer ≥ {least}", value)
         check_constant(NAME, "bias_scale", bias_scale, 0, above=True)
         expect(dtype in (torch.float32, torch.float64), NAME, "dtype", "float32 or float64", dtype, TypeError)
-        self.in_features, self.out_features, self.bias, self.bias_scale = in_features, out_features, bias, bias_scale
+        self.in_features, self.out_features = in_features, out_features
+        self.has_bias, self.bias_scale = bias, bias_scale
         self.momentum, self.process_group = momentum, process_group
         self.rebalances, self._lr = 0, 0.0  # the last step's
         self.width = in_features + bias
@@ -70,7 +71,7 @@ class FactoredWeight(torch.nn.Module):
         fits = h.dim() > 0 and h.shape[-1] == self.in_features
         expect(fits, NAME, "h", f"(*leading, {self.in_features})", h)
         h = h.to(self.factors.p.dtype)
-        if self.bias:
+        if self.has_bias:
             h = pad(h, (0, 1), value=self.bias_scale)
         return pad(h, (0, self.width)) if self.momentum else h
 
@@ -108,7 +109,7 @@ class FactoredWeight(torch.nn.Module):
     def materialize(self, dtype: torch.dtype | None = None) -> torch.nn.Linear:
         """The layer as a torch.nn.Linear (n × d), a copy; of P's dtype if none is given."""
         p = self.factors.p
-        shape = (self.in_features, self.out_features, self.bias)
+        shape = (self.in_features, self.out_features, self.has_bias)
         linear = torch.nn.Linear(*shape, device="meta", dtype=dtype or p.dtype).to_empty(device=p.device)
         with exact(p.device):
             evaluation.materialize(self.factors, linear.weight, linear.bias, self.bias_scale)
@@ -122,7 +123,7 @@ class FactoredWeight(torch.nn.Module):
         """
         n, d = self.out_features, self.in_features
         expect(isinstance(weight, Tensor) and weight.shape == (n, d), NAME, "weight", f"({n}, {d})", weight)
-        expect(self.bias or bias is None, NAME, "bias", "None, for this layer has no biases", bias)
+        expect(self.has_bias or bias is None, NAME, "bias", "None, for this layer has no biases", bias)
         expect(bias is None or bias.shape == (n,), NAME, "bias", f"({n},)", bias)
         p = self.factors.p
         p[:, :d] = weight
@@ -162,7 +163,6 @@ class FactoredWeight(torch.nn.Module):
             with torch.no_grad():
                 for key, tensor in mine.items():
                     tensor.copy_(state[key])
-                self.factors.inverse.copy_(torch.linalg.inv(self.factors.u))
             self._queue.changed()
 
     def __deepcopy__(self, memo):

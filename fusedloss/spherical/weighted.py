@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..checks import expect
 from ..nn.loss import Loss
 from .rows import Rows
 
@@ -40,7 +39,6 @@ def weighted(
     losses_of(h (m, d), target (m, K) in [0, n), share (m, K) float64, 0 for no target) → (m,) float64, for m ≥ 1 rows.
     """
     rows = Rows.of(caller, loss, scores, target, row_weight)
-    expect(rows.target.shape[1] > 0, caller, "target", "at least one column", target)
     return rows.reduced(_of_those_that_count(h.reshape(len(rows.keep), h.shape[-1]), rows, losses_of))
 
 
