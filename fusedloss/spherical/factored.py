@@ -17,9 +17,9 @@ from .exact import exact
 from .factors import ill
 from .family import default_loss, member
 from .gradients import Losses, leaf
+from .rows import ScoreShape, weighted
 from .steps import Batch, squared_norm
 from .weight import NAME, FactoredWeight
-from .weighted import Unmade, weighted
 
 
 class FactoredLinear(FactoredWeight):
@@ -109,7 +109,7 @@ class FactoredLinear(FactoredWeight):
         def losses_of(h: Tensor, target: Tensor, share: Tensor) -> Tensor:
             return Losses.apply(h, leaf(trains), self._queue, self.factors, loss, target, share)
 
-        scores = Unmade(h.shape[:-1], self.out_features, wide)
+        scores = ScoreShape(h.shape[:-1], self.out_features, wide)
         with torch.autocast(h.device.type, enabled=False):
             return weighted(NAME, self.loss, scores, features, target, row_weight, losses_of)
 

@@ -1,11 +1,14 @@
-"""What the rows of a batch count: targets, class weights, row weights and reduction, as of losses on scores."""
+"""What the rows of a batch count: targets, class weights, row weights and reduction, as of losses on scores, but of
+scores that nobody makes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..checks import check_reduction, expect
 from ..nn.loss import Loss
@@ -14,6 +17,18 @@ from ..scores import Scores
 from ..targets import checked_target
 
 F64 = torch.float64
+
+
+@dataclass(frozen=True)
+class ScoreShape:
+    """What targets and weights are checked against, in place of scores."""
+
+    leading: torch.Size
+    columns: int
+    dtype: torch.dtype  # of the losses
+
+    def total(self, values: Tensor) -> Tensor:
+        return values.sum()
 
 
 @dataclass(frozen=True)
@@ -28,9 +43,12 @@ class Rows:
     reduction: str
 
     @classmethod
-    def of(cls, caller: str, loss: Loss, scores: Scores, target: Tensor, row_weight: Tensor | None) -> Rows:
+    def of(cls, caller: str, loss: Loss, scores: Scores | ScoreShape, target: Tensor, row_weight) -> Rows:
         """Of `loss`, a module of the spherical family. `scores` tell leading shape, number of classes and type."""
         check_reduction(caller, loss.reduction)
+        for name, given in (("target", target), ("row_weight", row_weight), ("loss.weight", loss.weight)):
+            tensor = given is None or isinstance(given, Tensor)
+            expect(tensor, caller, name, "a tensor", type(given).__name__, TypeError)
         weight, leading, counted = loss.weight, scores.leading, None
         several = target.dim() == len(leading) + 1
         if weight is not None:
@@ -58,3 +76,34 @@ class Rows:
         # Before the factor: a loss that does not count may be inf or NaN, and would reach ∂/∂factor.
         losses = torch.where(self.keep, losses, 0.0).to(self.factor.dtype) * self.factor
         return losses.reshape(self.leading) if self.reduction == "none" else losses.sum()
+
+
+def weighted(
+    caller: str,
+    loss: Loss,
+    scores: ScoreShape,
+    h: Tensor,
+    target: Tensor,
+    row_weight: Tensor | None,
+    losses_of: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> Tensor:
+    """`loss` of features (*leading, d), as it would be of their scores.
+
+    losses_of(h (m, d), target (m, K) in [0, n), share (m, K) float64, 0 for no target) → (m,) float64, for m ≥ 1 rows.
+    """
+    rows = Rows.of(caller, loss, scores, target, row_weight)
+    return rows.reduced(_of_those_that_count(h.reshape(len(rows.keep), h.shape[-1]), rows, losses_of))
+
+
+def _of_those_that_count(h: Tensor, rows: Rows, losses_of: Callable) -> Tensor:
+    """(N,) losses, 0 for rows that do not count: left out on a CPU, taken as zeros on a device, which is not asked."""
+    target, share, keep = rows.target, rows.share, rows.keep
+    if len(h) == 0:
+        return losses_of(*(pad(t, (0, 0, 0, 1)) for t in (h, target, share)))[:0]
+    if keep.is_cpu:
+        some = keep.nonzero()[:, 0]
+        if len(some) == len(h):
+            return losses_of(h, target, share)
+        if len(some):
+            return share.new_zeros(len(h)).index_put((some,), losses_of(h[some], target[some], share[some]))
+    return torch.where(keep, losses_of(torch.where(keep.unsqueeze(1), h, 0.0), target, share), 0.0)

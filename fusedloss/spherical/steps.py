@@ -1,8 +1,8 @@
 """A step of the factored layer in plain PyTorch: the meaning of what the compiled ones do.
 
-    visit     features and targets → losses and their derivatives in the centred statistics
-    backward  upstream gradients of the losses → gradient of the features, and the batch that the step needs
-    step      batch, learning rate, decay → the factors changed in place, as SGD would have changed W
+visit     features and targets → losses and their derivatives in the centred statistics
+backward  upstream gradients of the losses → gradient of the features, and the batch that the step needs
+step      batch, learning rate, decay → the factors changed in place, as SGD would have changed W
 """
 
 from __future__ import annotations
