@@ -67,7 +67,8 @@ int fl_spherical_backward(const fl_factors* f, const fl_blas* blas, const fl_vis
 // |U E| |(U E)^-1| / d above `limit`, or be far from size 1, or have no inverse, and nothing was changed; P U E has to be
 // made, which is left to the caller.
 #define FL_SPHERICAL_ILL -1
-#define FL_SPHERICAL_SMALLEST 1e-6   // of |U E| / sqrt(d); the largest is 1 / that
+#define FL_SPHERICAL_SMALLEST 1e-6   // of |U E| / sqrt(d)
+#define FL_SPHERICAL_LARGEST 8
 int fl_spherical_step(const fl_factors* f, const fl_blas* blas, const fl_batch* batch, double lr, double keep,
                       double limit);
 

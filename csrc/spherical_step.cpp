@@ -168,7 +168,7 @@ class Step {
   // Of U and its inverse as proposed.
   bool ill() const {
     const double u = std::sqrt(total(of_u, d)), inverse = std::sqrt(total(of_inverse, d)), size = u / std::sqrt(d);
-    return !(u * inverse <= limit * d && size >= FL_SPHERICAL_SMALLEST && size <= 1 / FL_SPHERICAL_SMALLEST);
+    return !(u * inverse <= limit * d && size >= FL_SPHERICAL_SMALLEST && size <= FL_SPHERICAL_LARGEST);
   }
 
   void scatter(const T* from) {

@@ -127,7 +127,7 @@ def find(
 
 def _kind(dtype: torch.dtype, shape: Sequence[int], columns: int | None) -> tuple[str, tuple[int, ...]]:
     """Type and lengths of a tensor; COLUMNS stands for a length of so many."""
-    return str(dtype)[6:], tuple([COLUMNS if d == columns else fixed(d) for d in shape])
+    return str(dtype)[6:], tuple([COLUMNS if d == columns and d > 1 else fixed(d) for d in shape])
 
 
 @torch.compiler.assume_constant_result
@@ -145,8 +145,10 @@ def program_key(
                 PROGRAMS[key] = _trace(
                     FUNCTIONS[name], names, options, rows, shared, columns, getattr(torch, dtype), device
                 )
-        except OfColumns:
-            PROGRAMS[key] = OfColumns
+        except Exception:
+            if columns is not None:
+                raise
+            PROGRAMS[key] = OfColumns  # or a length that is that of the columns by chance: the number itself will tell
     if PROGRAMS[key] is OfColumns:
         return None
     return "" if PROGRAMS[key] is None else key

@@ -269,7 +269,7 @@ def ill(sizes, parts, width, limit, BLOCK: tl.constexpr):
         second += tl.load(sizes + parts + begin + lane, mask=here, other=0.0)
     both = tl.sqrt(tl.sum(first, 0)) * tl.sqrt(tl.sum(second, 0))
     size = tl.sum(first, 0) / width
-    well = (both <= width * number(limit)) & (size >= 1e-12) & (size <= 1e12)
+    well = (both <= width * number(limit)) & (size >= 1e-12) & (size <= 64.0)
     return tl.where(well, 0, 1)
 
 

@@ -853,3 +853,74 @@ def test_a_matrix_of_0_and_1_is_no_list_of_classes():
             loss(h, torch.randint(0, 2, (6, N)))
         with pytest.raises(ValueError, match="target: expected indices of at least one class to a row"):
             loss(h, torch.zeros(6, 0, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("momentum, quiet", [(0.9, 200), (0.9, 1000), (0.5, 60)])
+def test_momentum_after_steps_without_a_gradient(momentum, quiet):
+    """V = 0 for a while: U⁻¹ grows as momentum^-t all the same, and the next gradient meets it."""
+    head = layer(fl.nn.TaylorSoftmaxLoss(), dtype=F32, momentum=momentum)
+    dense = Dense(head, 0.1, momentum=momentum)
+    for number in range(quiet + 2):
+        h, target, on = features(4).detach(), classes(4), float(number in (0, quiet + 1))
+        (head(h, target) * on).backward()
+        head.step(0.1)
+        dense.optimizer.zero_grad()
+        (head.loss(dense.linear(h), target) * on).backward()
+        dense.optimizer.step()
+    assert error(weights(head).double(), dense.linear.weight.detach()) < 1e-6
+    assert head.rebalances > 0
+
+
+def test_decay_holds_a_weight_that_the_z_loss_lets_grow():
+    """γ < 0 for targets below the mean, so U grows while W does not, and with it errors of Q and δ, if they stay."""
+    head = FactoredLinear(D, N, fl.nn.SphericalZLoss())
+    while head.rebalances == 0:
+        head(torch.randn(16, D), torch.randint(0, N, (16,))).backward()
+        head.step(0.8, weight_decay=0.01)
+    away = weights(head) - weights(head).mean(0)
+    assert error(head.factors.gram, away.t() @ away) < 1e-6
+    assert error(head.factors.mean, weights(head).mean(0)) < 1e-4
+
+
+@pytest.mark.parametrize("loss", [fl.nn.SquaredErrorLoss(), fl.nn.TaylorSoftmaxLoss(), fl.nn.SphericalZLoss()])
+@pytest.mark.parametrize("size", [1e12, 1e19, 1e25])
+def test_features_too_large_for_float32_leave_the_weight(loss, size):
+    head = FactoredLinear(D, N, loss)
+    before = weights(head)
+    head(torch.randn(3, D) * size, classes(3)).backward()
+    went = head.step(1e-3, max_norm=1.0)
+    moved = (weights(head) - before).norm()
+    assert moved <= 1.1e-3 if went else moved == 0
+    assert weights(head).isfinite().all()
+
+
+def test_gradients_of_other_inputs_alone_queue_nothing():
+    head, h, target = layer(), features(4), classes(4)
+    torch.autograd.grad(head(h, target), h)
+    head(h, target).backward(inputs=[h])
+    torch.autograd.grad(head.rows(target).sum() + h.sum(), h)
+    assert head.grad_norm() == 0
+    loss = head(h, target)
+    torch.autograd.grad(loss, h, retain_graph=True)
+    loss.backward()
+    once = head.grad_norm()
+    head.zero_grad()
+    head(h, target).backward()
+    assert once == head.grad_norm() > 0
+
+
+def test_a_state_dict_from_before_load_dense_is_that_of_the_layer():
+    """As a Linear's: its tensors are the layer's own, and never half of them."""
+    head = layer()
+    state = head.state_dict()
+    head.load_dense(torch.randn(N, D))
+    head.load_state_dict(state)
+    fresh = FactoredLinear(D, N, dtype=F64)
+    fresh.load_dense(weights(head))
+    assert error(head.factors.gram, fresh.factors.gram) < 1e-12
+
+
+def test_no_examples_to_evaluate():
+    head = layer()
+    assert head.logits(torch.zeros(0, D)).shape == (0, N)
+    assert head.topk(torch.zeros(2, 0, D), 3)[1].shape == (2, 0, 3)

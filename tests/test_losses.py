@@ -373,6 +373,24 @@ def test_errors_of_every_loss(module, case):
         function(scores, target, **options, reduction="average")
 
 
+@fl.row_loss
+def _with_a_vector(scores, z, *, c: torch.Tensor):
+    return scores.reduce(fl.LogSumExp()) + (z * c).sum(1)
+
+
+@pytest.mark.parametrize("classes", [1, 10, 11, 40])
+def test_a_length_that_is_the_number_of_classes_by_chance(classes):
+    """A program serves any number of columns; of two lengths of 10 only one may be that number."""
+    x, w, _, _ = operands(bias=False, classes=classes)
+    for length in (1, 10):
+        z, c = torch.randn(ROWS, length, dtype=F64), torch.randn(length, dtype=F64)
+        got = _with_a_vector(fl.linear_scores(x, w), z, c=c)
+        truth = ((x @ w.t()).logsumexp(1) + (z * c).sum(1)).mean()
+        close(got, truth)
+        for g, t in zip(torch.autograd.grad(got, (x, w)), torch.autograd.grad(truth, (x, w))):
+            close(g, t)
+
+
 # --- torch.compile ----------------------------------------------------------------------------------------------------
 
 

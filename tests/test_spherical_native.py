@@ -238,8 +238,11 @@ def test_a_u_that_shrinks_or_grows_as_a_whole_is_folded(decay):
         x.inverse.div_(2e-6 if decay > 0 else 1.0)
         x.p.div_(2e-6 if decay > 0 else 1.0)
         batch = engine.backward(x, engine.visit(x, *given[:3], loss), given[3])[1]
+        x.gram.mul_(1.001)
         assert engine.step(x, batch, 0.1, decay)
         assert error(dense(x), wanted) < 1e-11
+        away = wanted - wanted.mean(0)
+        assert (error(x.gram, away.t() @ away) < 1e-9) is (decay < 0)  # made anew where U had grown
 
 
 @pytest.mark.parametrize("engine", (native_steps, steps), ids=lambda engine: engine.__name__)

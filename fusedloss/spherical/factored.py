@@ -16,7 +16,7 @@ from .engines import engine
 from .exact import exact
 from .factors import ill
 from .family import default_loss, member
-from .gradients import Losses, leaf
+from .gradients import Losses
 from .rows import ScoreShape, weighted
 from .steps import Batch, squared_norm
 from .weight import NAME, FactoredWeight
@@ -107,7 +107,8 @@ class FactoredLinear(FactoredWeight):
         wide = torch.float64 if h.dtype == torch.float64 else torch.float32
 
         def losses_of(h: Tensor, target: Tensor, share: Tensor) -> Tensor:
-            return Losses.apply(h, leaf(trains), self._queue, self.factors, loss, target, share)
+            place = self._queue.place(trains)
+            return Losses.apply(h, *place, self._queue, self.factors, loss, target, share)
 
         scores = ScoreShape(h.shape[:-1], self.out_features, wide)
         with torch.autocast(h.device.type, enabled=False):
@@ -157,8 +158,11 @@ class FactoredLinear(FactoredWeight):
         if max_norm is not None:
             check_constant(NAME, "max_norm", max_norm, 0)
         number = isinstance(grad_scale, (int, float)) or (isinstance(grad_scale, Tensor) and grad_scale.dim() == 0)
-        plain = preconditioner is None or not self.momentum
-        expect(plain, NAME, "preconditioner", "None in a layer with momentum", preconditioner)
+        if preconditioner is not None:
+            expect(not self.momentum, NAME, "preconditioner", "None in a layer with momentum", preconditioner)
+            square = isinstance(preconditioner, Tensor) and preconditioner.shape == (self.width, self.width)
+            known = square or callable(preconditioner)
+            expect(known, NAME, "preconditioner", f"({self.width}, {self.width}) or a function", preconditioner)
         expect(number, NAME, "grad_scale", "a number, or a 0-dimensional tensor", grad_scale, TypeError)
         with exact(self.factors.p.device):
             batch, scale = self._queued(), float(grad_scale)
@@ -166,10 +170,10 @@ class FactoredLinear(FactoredWeight):
                 return True
             if max_norm is not None:
                 norm = squared_norm(self.factors, batch).sqrt().item()
-                scale *= min(1.0, max_norm / (norm * abs(scale) + 1e-6))
-            parts = (batch.alpha, batch.t, batch.gamma, batch.h, batch.gh)
-            finite = isfinite(sum(part.sum(dtype=torch.float64) for part in parts) * scale)
-            if not finite:
+                scale = scale * min(1.0, max_norm / (norm * abs(scale) + 1e-6)) if isfinite(norm) else norm
+            # Of squares: products of two rows must not overflow in P's type either.
+            parts = [part.reshape(-1) for part in (batch.alpha, batch.t, batch.gamma, batch.h, batch.gh, batch.hu)]
+            if not isfinite(sum(part.dot(part).double() for part in parts) * scale):
                 self.zero_grad()
                 return False
             batch = batch if scale == 1 else batch.scaled(scale)
@@ -182,7 +186,7 @@ class FactoredLinear(FactoredWeight):
         f, limit = self.factors, self.condition_limit
         if self.momentum:
             moving.step(f, batch, lr, decay, self.momentum, self.nesterov)
-            if moving.condition(f, lr, self.momentum) > moving.LIMIT:
+            if not moving.condition(f, lr, self.momentum) <= moving.LIMIT:
                 self._rebalance()
         elif preconditioner is not None:
             preconditioned.step(f, batch, lr, decay, preconditioner)
@@ -200,14 +204,12 @@ class FactoredLinear(FactoredWeight):
     def logits(self, h: Tensor) -> Tensor:
         """(*leading, n) scores of P's dtype, all of them, without gradient."""
         with exact(h.device):
-            flat = self._features(h).reshape(h.shape[:-1].numel(), -1)
-            return evaluation.logits(self.factors, flat).reshape(*h.shape[:-1], self.out_features)
+            return evaluation.logits(self.factors, self._flat(h)).reshape(*h.shape[:-1], self.out_features)
 
     @torch.no_grad()
     def topk(self, h: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Scores and classes (*leading, k) of the k that rank highest, best first; ranked as the loss says: `rank`."""
         expect(isinstance(k, int) and 1 <= k <= self.out_features, NAME, "k", f"1 <= k <= {self.out_features}", k)
         with exact(h.device):
-            flat = self._features(h).reshape(h.shape[:-1].numel(), -1)
-            found = evaluation.topk(self.factors, flat, k, member(NAME, self.loss).rank)
+            found = evaluation.topk(self.factors, self._flat(h), k, member(NAME, self.loss).rank)
         return tuple(t.reshape(*h.shape[:-1], k) for t in found)

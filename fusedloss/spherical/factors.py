@@ -14,7 +14,7 @@ from torch import Tensor
 from .gram import Gram
 
 BLOCK = 1 << 14  # rows of P at a time
-SMALLEST = 1e-6  # of ‖U‖ / √d; the largest is 1 / that
+SMALLEST, LARGEST = 1e-6, 8.0  # of ‖U‖ / √d
 
 
 @dataclass
@@ -44,15 +44,26 @@ class Factors:
         for square in (self.u, self.inverse):
             square.zero_().diagonal().fill_(1)
 
+    def refresh(self) -> None:
+        """Make δ and Q anew from P, where U is 1: errors of theirs that grew with U. One more pass over P."""
+        found = Gram.of(self.p)
+        self.mean.add_(self.offset + found.mean)
+        self.offset.copy_(-found.mean)
+        self.gram.copy_(found.matrix)
+
     def condition(self) -> Tensor:
         """‖U‖ ‖U⁻¹‖ / d in Frobenius norms: 1 for a multiple of a rotation, never above cond₂(U)."""
         return self.u.norm() * self.inverse.norm() / len(self.u)
 
 
 def ill(u: Tensor, inverse: Tensor, limit: float) -> bool:
-    """Whether the condition is above the limit, or no number, or U far from size 1: decay shrinks it for ever."""
+    """Whether the condition is above the limit, or no number, or U far from size 1.
+
+    Decay shrinks U for ever. The Z-loss may let it grow while decay holds W: errors of δ grow as U does, those of Q as its
+    square.
+    """
     size, other = torch.stack([u.norm(), inverse.norm()]).tolist()
-    return not (size * other <= limit * len(u) and SMALLEST <= size / len(u) ** 0.5 <= 1 / SMALLEST)
+    return not (size * other <= limit * len(u) and SMALLEST <= size / len(u) ** 0.5 <= LARGEST)
 
 
 def multiply(p: Tensor, k: Tensor) -> None:
@@ -67,17 +78,10 @@ def multiply(p: Tensor, k: Tensor) -> None:
 
 
 def rebalance(f: Factors) -> None:
-    """Move from U to P what makes U ill-conditioned: singular values outside [½, 2]. W stays as it is; one pass over P.
+    """Move U into P, and make δ and Q anew from it. W stays as it is.
 
     The error of W is about cond(U) · eps(P): how long this may wait depends on the loss and the learning rate, not on a
     number of steps (the squared error at lr 0.1 reaches a condition of 10⁹ within 50 steps).
     """
-    left, sizes, right = torch.linalg.svd(f.u)
-    out = (sizes < 0.5) | (sizes > 2)
-    if out.sum() > len(sizes) // 3:
-        return f.fold(f.u)
-    moved, by = left[:, out], sizes[out]
-    multiply(f.p, torch.eye(len(sizes), dtype=f.u.dtype, device=f.u.device) + (moved * (by - 1)) @ moved.t())
-    kept = torch.where(out, 1.0, sizes)
-    f.u.copy_((left * kept) @ right)
-    f.inverse.copy_((right.t() / kept) @ left.t())
+    f.fold(f.u)
+    f.refresh()

@@ -32,6 +32,16 @@ class Queue:
         self.batches = [] if keep is None else [keep(batch) for batch in self.batches]
         self.joined = None if keep is None or self.joined is None else keep(self.joined)
 
+    def place(self, wanted: bool) -> tuple[Tensor, list[Batch]]:
+        """An input of a Function, the weight's as autograd sees it, and where its backward leaves the batch.
+
+        It is queued when autograd accumulates into that input: not where it was asked for the gradient of others only.
+        """
+        leaf, left = torch.zeros((), requires_grad=wanted), []
+        if wanted:
+            leaf.register_post_accumulate_grad_hook(lambda _: self.batches.extend(left))
+        return leaf, left
+
     def check(self, version: int) -> None:
         """Called in backward: first derivatives only, and of the factors that forward saw."""
         once, same = not torch.is_grad_enabled(), version == self.version
@@ -40,24 +50,19 @@ class Queue:
         expect(same, "FactoredLinear", "backward", expected, "one that step or a load has changed since", RuntimeError)
 
 
-def leaf(wanted: bool) -> Tensor:
-    """An input that requires a gradient, so that backward comes to a layer whose features need none."""
-    return torch.zeros((), requires_grad=wanted)
-
-
 class Losses(torch.autograd.Function):
-    """(m,) float64 losses of features (m, w) of P's dtype; backward queues a batch if `leaf` requires a gradient."""
+    """(m,) float64 losses of features (m, w) of P's dtype; leaf and left: of `Queue.place`."""
 
     @staticmethod
     def forward(
-        ctx, h: Tensor, leaf: Tensor, queue: Queue, f: Factors, loss: Member, target: Tensor, share: Tensor
+        ctx, h: Tensor, leaf: Tensor, left: list, queue: Queue, f: Factors, loss: Member, target: Tensor, share: Tensor
     ) -> Tensor:
         # A copy: between backward and step an optimizer may change features in place.
         h = h.detach().clone(memory_format=torch.contiguous_format)
         with exact(h.device):
             visit = engine(f).visit(f, h, target, share, loss)
         ctx.save_for_backward(*(getattr(visit, name) for name in _NAMES))
-        ctx.queue, ctx.f, ctx.version = queue, f, queue.version
+        ctx.left, ctx.queue, ctx.f, ctx.version = left, queue, f, queue.version
         return visit.losses
 
     @staticmethod
@@ -65,20 +70,19 @@ class Losses(torch.autograd.Function):
         ctx.queue.check(ctx.version)
         with exact(upstream.device):
             dh, batch = engine(ctx.f).backward(ctx.f, Visit(*(t.detach() for t in ctx.saved_tensors)), upstream)
-        if ctx.needs_input_grad[1]:
-            ctx.queue.batches.append(batch)
-        return dh, None, None, None, None, None, None
+        ctx.left[:] = [batch]
+        return dh, torch.zeros(()), *(None,) * 6
 
 
 class PickedRows(torch.autograd.Function):
     """W[index] (*index.shape, w); backward queues the gradient g as that of a loss Σ g · w_c of scores g · w_c."""
 
     @staticmethod
-    def forward(ctx, leaf: Tensor, queue: Queue, f: Factors, index: Tensor) -> Tensor:
+    def forward(ctx, leaf: Tensor, left: list, queue: Queue, f: Factors, index: Tensor) -> Tensor:
         with exact(f.p.device):
             rows = f.rows(index)
         ctx.save_for_backward(index.clone())
-        ctx.queue, ctx.f, ctx.version = queue, f, queue.version
+        ctx.left, ctx.queue, ctx.f, ctx.version = left, queue, f, queue.version
         return rows
 
     @staticmethod
@@ -86,9 +90,10 @@ class PickedRows(torch.autograd.Function):
         ctx.queue.check(ctx.version)
         (index,) = ctx.saved_tensors
         g = upstream.reshape(-1, upstream.shape[-1]).clone(memory_format=torch.contiguous_format)
+        ctx.left.clear()
         if len(g):
             one = torch.ones(len(g), dtype=torch.float64, device=g.device)
             with exact(g.device):
                 batch = Batch.of(ctx.f, g, index.reshape(-1, 1), one.unsqueeze(1), one, torch.zeros_like(one))
-            ctx.queue.batches.append(batch)
-        return None, None, None, None
+            ctx.left.append(batch)
+        return torch.zeros(()), None, None, None, None

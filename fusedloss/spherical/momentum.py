@@ -97,16 +97,16 @@ def condition(f: Factors, lr: float, momentum: float) -> Tensor:
     """By how much more than after a rebalance P's rounding grows on the way to W and V, about; ∞ past APART.
 
     The root mean square of ‖u_i‖ ‖u⁻¹_i‖ over U's rows and U⁻¹'s columns: as `Factors.condition`, but whatever the
-    scale of U's rows. Columns are in units in which V is as large as W, or moves W by all of it, whichever is less.
+    scale of U's rows. Columns are in units in which V moves W by all of it, and not of V itself, which may be 0 for a
+    while, when U⁻¹ goes on growing and waits for the next gradient.
     """
     d, reach = f.p.shape[1] // 2, lr * momentum / (1 - momentum)
-    w, v = f.gram.diagonal().reshape(2, d).sum(1).sqrt()
-    v = torch.minimum(v, w / reach) if reach else v
-    unit = torch.stack([w, v]).repeat_interleave(d)
+    unit = torch.ones(2 * d, dtype=F64, device=f.u.device)
+    unit[d:] = 1 / reach if reach else 1.0
     grown = (f.u / unit).norm(dim=1) * (f.inverse * unit.unsqueeze(1)).norm(dim=0)
     length = f.u.norm(dim=1)
-    relative = (grown.square().mean() / (1 + (reach * v / w).square())).sqrt()
-    return torch.where(length.max() > APART[f.p.dtype] * length.min(), torch.inf, relative)
+    far = length.max() > APART[f.p.dtype] * length.min()
+    return torch.where(far, torch.inf, (grown.square().mean() / 2).sqrt())
 
 
 def rebalance(f: Factors, lr: float, momentum: float) -> None:

@@ -63,7 +63,8 @@ def step(f: Factors, b: Batch, lr: float, decay: float, right: Tensor | Callable
         return
     dtype, wide, n, keep = b.h.dtype, b.h.to(F64), f.p.shape[0], 1 - lr * decay
     square, mean = gradient_square(f, b), wide.t() @ b.t / n
-    r = lr * (right if isinstance(right, Tensor) else right(square + torch.outer(mean, mean * n).to(dtype)))
+    r = right if isinstance(right, Tensor) else right(square + torch.outer(mean, mean * n).to(dtype))
+    r = lr * r.to(F64)
     hg = (2 * b.gamma).unsqueeze(1) * wide
     e = hg.t() @ wide @ r
     change = keep * (b.gh.t() @ b.h).to(F64) @ r - r.t() @ square.to(F64) @ r / 2

@@ -222,6 +222,9 @@ def fold(f: Factors, b: Batch, lr: float, keep: float) -> None:
     """The same where U E has no inverse worth having: P ← P U E, U ← I. One pass over P."""
     s, z = (t.to(F64) for t in _gram_change(f, b, lr, keep))
     _vectors(f, b, lr, keep)
-    f.fold(keep * f.u - lr * f.u @ s)
+    u = keep * f.u - lr * f.u @ s
+    f.fold(u)
     f.gram.mul_(keep * keep).sub_(z).sub_(z.t())
     scatter(f, b, lr, b.h)
+    if u.norm() > len(u) ** 0.5:
+        f.refresh()

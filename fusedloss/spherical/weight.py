@@ -16,7 +16,7 @@ from . import evaluation, ranks
 from . import momentum as moving
 from .exact import exact
 from .factors import Factors, rebalance
-from .gradients import PickedRows, Queue, leaf
+from .gradients import PickedRows, Queue
 
 NAME = "FactoredLinear"
 # In a state_dict. torch.distributed.checkpoint looks for attributes of these names.
@@ -60,7 +60,12 @@ class FactoredWeight(torch.nn.Module):
     def _start(self, p: Tensor) -> None:
         """The factors of [W, b, velocity] = p, which is taken over; on all ranks those of the first."""
         with exact(p.device):
-            self.factors = Factors.of(p)
+            made = Factors.of(p)
+        if hasattr(self, "factors"):  # in place, as a state_dict holds them
+            for field in fields(made):
+                getattr(self.factors, field.name).copy_(getattr(made, field.name))
+        else:
+            self.factors = made
         if self.process_group is not None:
             ranks.broadcast(NAME, self.factors, self.process_group)
         self._queue.changed()
@@ -75,6 +80,11 @@ class FactoredWeight(torch.nn.Module):
             h = pad(h, (0, 1), value=self.bias_scale)
         return pad(h, (0, self.width)) if self.momentum else h
 
+    def _flat(self, h: Tensor) -> Tensor:
+        """The same, (m, width)."""
+        h = self._features(h)
+        return h.reshape(h.shape[:-1].numel(), h.shape[-1])
+
     @torch.compiler.disable
     def rows(self, index: Tensor) -> Tensor:
         """W[index] (*index.shape, d) of P's dtype, without biases. Differentiable: its gradient is queued, too."""
@@ -85,7 +95,7 @@ class FactoredWeight(torch.nn.Module):
             low, high = (t.item() for t in index.aminmax())
             expect(0 <= low and high < n, NAME, "index", f"0 <= index < {n}", f"{low} … {high}", IndexError)
         with torch.autocast(index.device.type, enabled=False):
-            picked = PickedRows.apply(leaf(self.training), self._queue, self.factors, index)
+            picked = PickedRows.apply(*self._queue.place(self.training), self._queue, self.factors, index)
         return picked[..., : self.in_features]
 
     @torch.no_grad()
