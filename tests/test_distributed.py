@@ -4,15 +4,12 @@ All checks run in one set of four processes, the first two or three of which are
 a test of its own here.
 """
 
-import datetime
-import multiprocessing
-import traceback
 from functools import partial
 
+import processes
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 import fusedloss
@@ -39,7 +36,6 @@ pytestmark = pytest.mark.host
 
 D = 8
 SIZES = {1: ((5,),), 2: ((5, 5), (6, 3), (0, 4)), 4: ((4, 1, 0, 2),)}
-SECONDS = 60
 GROUP = None  # of the checks that run: None for all ranks
 
 
@@ -384,46 +380,18 @@ CHECKS = {  # by the number of ranks; the largest groups first
 CASES = [(ranks, *check, exchange) for ranks, checks in CHECKS.items() for check in checks for exchange in BOTH]
 
 
-def worker(number, folder):
-    global GROUP
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)  # and NaN in memory that nobody filled
+def begin_rank():
     trace.program_key = lambda *arguments: None  # tracing takes seconds, and the one process' loss is right without
-    patience = datetime.timedelta(seconds=SECONDS)
-    dist.init_process_group("gloo", f"file://{folder}/meet", rank=number, world_size=max(CHECKS), timeout=patience)
-    groups, results = {ranks: dist.new_group(range(ranks), timeout=patience) for ranks in CHECKS}, {}
-    for case in CASES:
-        ranks, check, *arguments = case
-        if number >= ranks:
-            continue
-        GROUP = groups[ranks]
-        try:
-            results[case] = (None, globals()[check](*arguments))
-        except AssertionError:
-            results[case] = (traceback.format_exc(), None)
-        except Exception:  # the ranks are out of step now
-            results |= {c: (f"in {case}: {traceback.format_exc()}", None) for c in CASES if c not in results}
-            break
-    torch.save(results, f"{folder}/{number}")
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """What each rank found, by case: (what went wrong, what was measured)."""
-    folder = tmp_path_factory.mktemp("ranks")
-    multiprocessing.set_forkserver_preload([__name__])  # torch is imported once
-    mp.start_processes(worker, (str(folder),), nprocs=max(CHECKS), start_method="forkserver")
-    return [torch.load(folder / str(number), weights_only=False) for number in range(max(CHECKS))]
+    return processes.ask(tmp_path_factory.mktemp("ranks"), __name__, CHECKS, CASES)
 
 
-def named(case):
-    return "-".join(str(part) for part in case if part != "").replace("check_", "")
-
-
-@pytest.mark.parametrize("case", CASES, ids=named)
+@pytest.mark.parametrize("case", CASES, ids=processes.named)
 def test_against_one_process(results, case):
-    failed = [f"rank {n}:\n{found[case][0]}" for n, found in enumerate(results[: case[0]]) if found[case][0]]
-    assert not failed, "\n".join(failed)
+    assert not processes.wrong(results, case)
 
 
 def test_memory_of_a_ring_does_not_grow(results):

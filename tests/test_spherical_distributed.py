@@ -5,14 +5,11 @@ of its own here.
 """
 
 import copy
-import datetime
-import multiprocessing
-import traceback
 
+import processes
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -27,7 +24,6 @@ pytestmark = pytest.mark.host
 
 N, D = 40, 6
 SIZES = {2: ((5, 5), (4, 9), (0, 3)), 3: ((4, 0, 7),)}
-SECONDS = 60
 GROUP = None  # of the checks that run
 
 
@@ -380,43 +376,11 @@ CASES = [
 ]
 
 
-def worker(number, folder):
-    global GROUP
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)  # and NaN in memory that nobody filled
-    patience = datetime.timedelta(seconds=SECONDS)
-    dist.init_process_group("gloo", f"file://{folder}/meet", rank=number, world_size=max(SIZES), timeout=patience)
-    groups, results = {size: dist.new_group(range(size), timeout=patience) for size in SIZES}, {}
-    for case in CASES:
-        size, check, *arguments = case
-        if number >= size:
-            continue
-        GROUP = groups[size]
-        try:
-            globals()[check](*arguments)
-            results[case] = None
-        except AssertionError:
-            results[case] = traceback.format_exc()
-        except Exception:  # the ranks are out of step now
-            results |= {c: f"in {case}: {traceback.format_exc()}" for c in CASES if c not in results}
-            break
-    torch.save(results, f"{folder}/{number}")
-
-
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """What each rank found wrong, by case."""
-    folder = tmp_path_factory.mktemp("ranks")
-    multiprocessing.set_forkserver_preload([__name__])  # torch is imported once
-    mp.start_processes(worker, (str(folder),), nprocs=max(SIZES), start_method="forkserver")
-    return [torch.load(folder / str(number), weights_only=False) for number in range(max(SIZES))]
+    return processes.ask(tmp_path_factory.mktemp("ranks"), __name__, SIZES, CASES)
 
 
-def named(case):
-    return "-".join(str(part) for part in case if part != "").replace("check_", "")
-
-
-@pytest.mark.parametrize("case", CASES, ids=named)
+@pytest.mark.parametrize("case", CASES, ids=processes.named)
 def test_against_one_process(results, case):
-    failed = [f"rank {n}:\n{found[case]}" for n, found in enumerate(results[: case[0]]) if found[case]]
-    assert not failed, "\n".join(failed)
+    assert not processes.wrong(results, case)
