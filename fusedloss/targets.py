@@ -36,19 +36,17 @@ def checked_target(
     rows = tuple(target.shape[:-1] if several else target.shape)
     expect(rows == shape, name, "target", f"shape {shape} as the scores' rows{', and targets of each' * several}", target)
     if several:
-        check_indices(name, target, scores.columns)
+        refuse_indicators(name, target, scores.columns)
     safe, keep, valid = torch.ops.fusedloss.checked_target(target, scores.columns, ignore_index, name)
     flat = (scores.leading.numel(), target.shape[-1]) if several else (-1,)
     return safe.reshape(flat), keep.reshape(flat), None if target.device.type == "cpu" else valid
 
 
-def check_indices(name: str, target: Tensor, columns: int) -> None:
-    """Several targets to a row: at least one, and no matrix of 0 and 1, as far as that shows without waiting."""
-    some = "indices of at least one class to a row"
-    expect(target.shape[-1] > 0, name, "target", some, target)
+def refuse_indicators(name: str, target: Tensor, columns: int) -> None:
+    """Several targets to a row are no matrix of 0 and 1, as far as that shows without waiting."""
     if target.shape[-1] == columns > 2 and target.device.type == "cpu" and not torch.compiler.is_compiling():
         dense = target.numel() and bool(((target == 0) | (target == 1)).all())
-        expect(not dense, name, "target", some, f"a matrix of 0 and 1, {tuple(target.shape)}")
+        expect(not dense, name, "target", "indices of classes", f"a matrix of 0 and 1, {tuple(target.shape)}")
 
 
 def spoilt(values: Tensor, valid: Tensor | None) -> Tensor:

@@ -66,6 +66,8 @@ class Rows:
             )
             share, keep, counted = shares(keep, picked, F64)
             index, picked, counted = torch.where(share > 0, index, 0), None, counted.to(scores.dtype)
+            if not index.shape[1]:  # a place for a target, with none there
+                index, share = pad(index, (0, 1)), pad(share, (0, 1))
         else:  # one target: its class weight is the row's, and may be trained
             index, share = index.unsqueeze(1), keep.to(F64).unsqueeze(1)
         factor = row_factors(scores, keep, valid, picked, row_weight, loss.reduction, counted)
