@@ -149,8 +149,8 @@ class FactoredLinear(FactoredWeight):
             preconditioner: G R instead of G, without momentum: R (d, d) float64, or a function that makes it of GᵀG,
                 such as `Muon()` and `Shampoo()` of this package. With biases d is one more.
 
-        Returns True. Where nothing is queued nothing happens, and W does not decay. Where G is not finite W stays, and
-        False is returned.
+        Returns True. Where nothing is queued nothing happens, and W does not decay. Where G is not finite, or squares of
+        what it is made of overflow P's type, W stays, and False is returned.
         """
         check_constant(NAME, "lr", lr, 0)
         check_constant(NAME, "weight_decay", weight_decay, 0)
