@@ -19,7 +19,7 @@ def info() -> Info:
     """Which backend is live for which device and dtype, and why the others are not."""
     lines = [f"fusedloss {__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads"]
     lines += [f"  {device:5} {dtype:9} {what}" for device, dtype, what in backends.report()]
-    from .spherical import native_steps  # which is made of all the rest
+    from .spherical import native_products  # which is made of all the rest
 
-    lines.append(f"  {'cpu':5} spherical {native_steps.why_not() or 'compiled steps, BLAS of torch'}")
+    lines.append(f"  {'cpu':5} spherical {native_products.why_not() or 'compiled steps, BLAS of torch'}")
     return Info("\n".join(lines))

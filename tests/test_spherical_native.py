@@ -10,7 +10,7 @@ import torch
 import fusedloss as fl
 from fusedloss import nn
 from fusedloss.backends.native import _native
-from fusedloss.spherical import engines, factors, native_steps, steps
+from fusedloss.spherical import engines, factors, native_products, native_steps, steps
 from fusedloss.spherical.factors import Factors
 from fusedloss.spherical.family import member
 
@@ -30,7 +30,7 @@ TOLERANCE = {F64: 1e-11, F32: 3e-5}
 
 pytestmark = [
     pytest.mark.host,
-    pytest.mark.skipif(native_steps.why_not() is not None, reason=str(native_steps.why_not())),
+    pytest.mark.skipif(native_products.why_not() is not None, reason=str(native_products.why_not())),
 ]
 
 
@@ -87,13 +87,13 @@ def test_it_is_chosen_on_the_cpu():
 
 
 def test_without_a_blas_it_says_so(monkeypatch):
-    monkeypatch.setattr(native_steps, "_blas", lambda name: None if name == "dtrsm_" else print)
-    native_steps.why_not.cache_clear()
+    monkeypatch.setattr(native_products, "_blas", lambda name: None if name == "dtrsm_" else print)
+    native_products.why_not.cache_clear()
     try:
-        assert native_steps.why_not() == "torch's libtorch_cpu has no dtrsm_"
+        assert native_products.why_not() == "torch's libtorch_cpu has no dtrsm_"
         assert engines.engine(Factors.of(torch.randn(5, 3))) is steps
     finally:
-        native_steps.why_not.cache_clear()
+        native_products.why_not.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", (F64, F32), ids=str)
@@ -385,5 +385,5 @@ def test_what_is_wrong_is_said_and_changes_nothing():
     with pytest.raises(ValueError, match="gram: expected a contiguous"):
         native_steps.step(replace(f, gram=f.gram.float()), batch, 0.1)
     with pytest.raises(ValueError, match="k: expected a contiguous"):
-        native_steps.multiply(f.p, torch.eye(7))
+        native_products.multiply(f.p, torch.eye(7))
     assert all(torch.equal(getattr(f, name), value) for name, value in vars(before).items())

@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 
 from .. import backends
-from . import native_steps, steps
+from . import native_products, native_steps, steps
 from .factors import Factors
 
 
@@ -19,6 +19,6 @@ def engine(f: Factors) -> ModuleType:
                 from . import device_steps  # not above: it imports triton
 
                 return device_steps
-            if backend is backends.cpu and native_steps.supports(f.p) and native_steps.why_not() is None:
+            if backend is backends.cpu and native_products.supports(f.p) and native_products.why_not() is None:
                 return native_steps
     return steps

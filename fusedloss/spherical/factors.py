@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import native_products
 from .gram import Gram
 
 BLOCK = 1 << 14  # rows of P at a time
@@ -68,10 +69,8 @@ def ill(u: Tensor, inverse: Tensor, limit: float) -> bool:
 
 def multiply(p: Tensor, k: Tensor) -> None:
     """P ← P K in place, block by block."""
-    from . import native_steps  # it is made of the factors
-
-    if native_steps.supports(p) and native_steps.why_not() is None:
-        return native_steps.multiply(p, k)
+    if native_products.supports(p) and native_products.why_not() is None:
+        return native_products.multiply(p, k)
     k = k.to(p.dtype)
     for block in p.split(BLOCK):
         block.copy_(block @ k)
