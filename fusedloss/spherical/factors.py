@@ -60,8 +60,8 @@ class Factors:
 def ill(u: Tensor, inverse: Tensor, limit: float) -> bool:
     """Whether the condition is above the limit, or no number, or U far from size 1.
 
-    Decay shrinks U for ever. The Z-loss may let it grow while decay holds W: errors of δ grow as U does, those of Q as its
-    square.
+    Decay shrinks U for ever. The Z-loss may let it grow while decay holds W: errors of δ grow as U does, those of Q as
+    its square.
     """
     size, other = torch.stack([u.norm(), inverse.norm()]).tolist()
     return not (size * other <= limit * len(u) and SMALLEST <= size / len(u) ** 0.5 <= LARGEST)
