@@ -20,7 +20,8 @@ STATISTICS = "float64"
 COMMON = """
     Common arguments:
         scores: logits (*leading, V), or `linear_scores(x, weight, …)`, whose score matrix is never stored.
-        target: (*leading) class indices; of the spherical losses also (*leading, K), several to a row, with losses that are added.
+        target: (*leading) class indices; of the spherical losses also (*leading, K), several to a row, with losses that
+            are added.
         weight: (V,) class weights; row i counts weight[target_i] times.
         row_weight: (*leading) weights of the rows, differentiable.
         ignore_index: rows with this target count nothing, have loss 0 and gradient exactly 0, and cost no GEMM.

@@ -18,6 +18,11 @@ from .steps import Batch, Visit
 _NAMES = [field.name for field in fields(Visit)]
 
 
+def _nothing(**options: bool) -> Tensor:
+    """One number on the CPU, whatever the default device: autograd's threads do not know of that."""
+    return torch.zeros((), device="cpu", **options)
+
+
 class Queue:
     """Batches of the backward passes since the last step, all of one W; `version` counts changes of the factors."""
 
@@ -37,7 +42,7 @@ class Queue:
 
         It is queued when autograd accumulates into that input: not where it was asked for the gradient of others only.
         """
-        leaf, left = torch.zeros((), requires_grad=wanted), []
+        leaf, left = _nothing(requires_grad=wanted), []
         if wanted:
             leaf.register_post_accumulate_grad_hook(lambda _: self.batches.extend(left))
         return leaf, left
@@ -71,7 +76,7 @@ class Losses(torch.autograd.Function):
         with exact(upstream.device):
             dh, batch = engine(ctx.f).backward(ctx.f, Visit(*(t.detach() for t in ctx.saved_tensors)), upstream)
         ctx.left[:] = [batch]
-        return dh, torch.zeros(()), *(None,) * 6
+        return dh, _nothing(), *(None,) * 6
 
 
 class PickedRows(torch.autograd.Function):
@@ -96,4 +101,4 @@ class PickedRows(torch.autograd.Function):
             with exact(g.device):
                 batch = Batch.of(ctx.f, g, index.reshape(-1, 1), one.unsqueeze(1), one, torch.zeros_like(one))
             ctx.left.append(batch)
-        return torch.zeros(()), None, None, None, None
+        return _nothing(), None, None, None, None

@@ -20,7 +20,8 @@ class Linear(torch.nn.Module):
 
     Constructor: in_features d, out_features n ≥ 2; ``loss``, a `fusedloss.nn` module of the spherical family, which
     keeps class weights, ignore_index and reduction (default: SphericalZLoss with b = √n / 5, a = 10 / b); bias, device,
-    dtype and the values at the start as of `torch.nn.Linear`. Call: ``head(h, target, row_weight=None)``, as `fusedloss.spherical.linear_loss`.
+    dtype and the values at the start as of `torch.nn.Linear`. Call: ``head(h, target, row_weight=None)``, as
+    `fusedloss.spherical.linear_loss`.
 
     Every call passes over the weight once, to make its Gram matrix. Micro-batches that share a weight can share that::
 

@@ -36,7 +36,8 @@ APART = {torch.float32: 2.0**24, torch.float64: 2.0**8}
 def step(f: Factors, b: Batch, lr: float, decay: float, momentum: float, nesterov: bool = False) -> None:
     """One step of torch.optim.SGD(lr, momentum, weight_decay=decay, nesterov=nesterov) from zero velocity.
 
-    f: the factors of [W, V], V = 0 at first; b: its batch, features (m, 2d) with zeros in the last d columns. No rows, no step.
+    f: the factors of [W, V], V = 0 at first; b: its batch, features (m, 2d) with zeros in the last d columns. No rows,
+    no step.
     """
     expect(0 < momentum < 1, "momentum.step", "momentum", "a number in (0, 1)", momentum)
     if not len(b.h):

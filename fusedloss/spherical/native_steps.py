@@ -20,12 +20,12 @@ from .steps import F64, Batch, Visit
 
 I64 = torch.int64
 
-# The number of a loss and its parameters' names and defaults, in the order of the C surface.
+# The number of a loss and its parameters' names, in the order of the C surface.
 LOSSES = {
-    "squared_error_loss": ("SPHERICAL_SQUARED", {"value": 1.0, "k": 1.0, "mean_over_classes": True}),
-    "spherical_softmax_loss": ("SPHERICAL_SOFTMAX", {"eps": 0.01}),
-    "taylor_softmax_loss": ("SPHERICAL_TAYLOR", {}),
-    "spherical_z_loss": ("SPHERICAL_Z", {"a": 1.0, "b": 0.0, "eps": 1e-6}),
+    "squared_error_loss": ("SPHERICAL_SQUARED", ("value", "k", "mean_over_classes")),
+    "spherical_softmax_loss": ("SPHERICAL_SOFTMAX", ("eps",)),
+    "taylor_softmax_loss": ("SPHERICAL_TAYLOR", ()),
+    "spherical_z_loss": ("SPHERICAL_Z", ("a", "b", "eps")),
 }
 
 
@@ -43,8 +43,8 @@ def _factors(f: Factors):
 
 @functools.lru_cache(maxsize=256)
 def _loss(member: Member) -> tuple[float, ...]:
-    number, defaults = LOSSES[member.name]
-    parameters = [float(value) for value in (defaults | dict(member.options)).values()]
+    (number, names), options = LOSSES[member.name], dict(member.options)
+    parameters = [float(options[name]) for name in names]
     return getattr(_native, number), *parameters, *(0.0,) * (3 - len(parameters))
 
 
