@@ -46,8 +46,8 @@ class FactoredLinear(FactoredWeight):
 
         in_features, out_features: d and n ≥ 2.
         loss: SphericalZLoss, TaylorSoftmaxLoss, SphericalSoftmaxLoss or SquaredErrorLoss of `fusedloss.nn`. Its class
-            weights, ignore_index and reduction hold here too. None: SphericalZLoss with b = √n / 5 and a = 10 / b, for b
-            has to grow with n (docs/spherical.md: how to set a, b and the learning rate, about b m / (3 d)).
+            weights, ignore_index and reduction hold here too. None: SphericalZLoss with b = √n / 5 and a = 10 / b:
+            b has to grow with n (docs/spherical.md: how to set a, b and the learning rate, about b m / (3 d)).
         bias: n biases, trained as one more column of W for a feature that is always `bias_scale`: they decay with it,
             and their learning rate is multiplied by bias_scale².
         momentum, nesterov: as in torch.optim.SGD. P is then twice as large.
@@ -149,8 +149,8 @@ class FactoredLinear(FactoredWeight):
             preconditioner: G R instead of G, without momentum: R (d, d) float64, or a function that makes it of GᵀG,
                 such as `Muon()` and `Shampoo()` of this package. With biases d is one more.
 
-        Returns True. Where nothing is queued nothing happens, and W does not decay. Where G is not finite, or squares of
-        what it is made of overflow P's type, W stays, and False is returned.
+        Returns True. Where nothing is queued nothing happens, and W does not decay. Where G is not finite, or squares
+        of what it is made of overflow P's type, W stays, and False is returned.
         """
         check_constant(NAME, "lr", lr, 0)
         check_constant(NAME, "weight_decay", weight_decay, 0)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..checks import expect
 from .factors import Factors, multiply
-from .steps import F64, SINGULAR, Batch, gradient_square, scatter
+from .steps import F64, Batch, gradient_square, nearly_singular, scatter
 
 # `rebalance` is due above this condition. Few passes are saved by a higher one, the condition grows as momentum^-t.
 LIMIT = 1.5
@@ -84,7 +84,7 @@ def _undo_plain(top: Tensor, h: Tensor, hg: Tensor, s: Tensor | None, lr: float,
     e = (h @ hg.t()).to(F64) if few else s
     eye = torch.eye(len(e), dtype=F64, device=e.device)
     lu, pivots = torch.linalg.lu_factor(keep * eye - lr * e)
-    if lu.diagonal().abs().min() < SINGULAR:
+    if nearly_singular(lu):
         return True
     if few:
         change = hg.t() @ torch.linalg.lu_solve(lu, pivots, (h @ top.to(h.dtype)).to(F64)).to(h.dtype)

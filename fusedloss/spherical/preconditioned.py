@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .factors import Factors
-from .steps import F64, SINGULAR, Batch, gradient_square, scatter
+from .steps import F64, Batch, gradient_square, nearly_singular, scatter
 
 
 def inverse_root(square: Tensor, eps: float = 0.0) -> Tensor:
@@ -74,7 +74,7 @@ def step(f: Factors, b: Batch, lr: float, decay: float, right: Tensor | Callable
     f.mean.mul_(keep).sub_(mean @ r)
     lu, pivots = torch.linalg.lu_factor(keep * torch.eye(len(e), dtype=F64, device=e.device) - e)
     f.u.copy_(keep * f.u - f.u @ e)
-    if lu.diagonal().abs().min() < SINGULAR:
+    if nearly_singular(lu):
         f.fold(f.u.clone())
     else:
         f.inverse.add_(e @ torch.linalg.lu_solve(lu, pivots, f.inverse)).div_(keep)

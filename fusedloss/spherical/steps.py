@@ -144,6 +144,11 @@ def scatter(f: Factors, b: Batch, lr: float, rows: Tensor) -> None:
 SINGULAR = 1e-4
 
 
+def nearly_singular(lu: Tensor) -> bool:
+    """Of E, by its LU factors."""
+    return bool(lu.diagonal().abs().min() < SINGULAR)
+
+
 def _turn(f: Factors, u: Tensor, inverse: Tensor, limit: float) -> bool:
     """Take U and its inverse, unless they are ill; returns whether they are."""
     if ill(u, inverse, limit):
@@ -160,7 +165,7 @@ def _small(f: Factors, b: Batch, lr: float, keep: float, limit: float) -> bool:
     hg = two.unsqueeze(1) * b.h
     e = keep * torch.eye(len(b.h), dtype=dtype, device=b.h.device) - lr * (b.h @ b.h.t()) * two
     lu, pivots = torch.linalg.lu_factor(e)
-    if lu.diagonal().abs().min() < SINGULAR:
+    if nearly_singular(lu):
         return True
     n = torch.linalg.lu_solve(lu, pivots, b.h @ f.inverse.to(dtype))  # H (U E)⁻¹
     if _turn(f, keep * f.u - lr * (b.hu.t() @ hg), (f.inverse + lr * (hg.t() @ n)) / keep, limit):
@@ -207,7 +212,7 @@ def _large(f: Factors, b: Batch, lr: float, keep: float, limit: float) -> bool:
     s, z = (t.to(F64) for t in _gram_change(f, b, lr, keep))
     e = keep * torch.eye(len(s), dtype=F64, device=s.device) - lr * s
     lu, pivots = torch.linalg.lu_factor(e)
-    if lu.diagonal().abs().min() < SINGULAR:
+    if nearly_singular(lu):
         return True
     inverse = (f.inverse + lr * (s @ torch.linalg.lu_solve(lu, pivots, f.inverse))) / keep
     if _turn(f, keep * f.u - lr * (f.u @ s), inverse, limit):
