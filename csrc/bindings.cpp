@@ -11,7 +11,15 @@
 
 namespace py = pybind11;
 
-void add_spherical(py::module_& m);   // spherical_bindings.cpp
+// Each in the file of its name, <name>_bindings.cpp.
+void add_spherical(py::module_& m);
+void add_permutahedron(py::module_& m);
+void add_permutation(py::module_& m);
+void add_sinkhorn(py::module_& m);
+void add_networks(py::module_& m);
+void add_laplace(py::module_& m);
+void add_threshold(py::module_& m);
+void add_pairwise(py::module_& m);
 
 namespace {
 
@@ -246,4 +254,11 @@ PYBIND11_MODULE(_native, m) {
   m.attr("CUDA_KEPT_COLUMNS") = FL_CUDA_KEPT_COLUMNS;
   m.attr("CUDA_STATISTICS") = FL_CUDA_STATISTICS;
   add_spherical(m);
+  add_permutahedron(m);
+  add_permutation(m);
+  add_sinkhorn(m);
+  add_networks(m);
+  add_laplace(m);
+  add_threshold(m);
+  add_pairwise(m);
 }

@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-typedef enum { FL_F32 = 0, FL_BF16 = 1, FL_F16 = 2 } fl_dtype;
+typedef enum { FL_F32 = 0, FL_BF16 = 1, FL_F16 = 2, FL_F64 = 3 } fl_dtype;   // FL_F64: the sort engine alone
 
 // Scores as stored (a) and as meant (z):
 //   z_ij = class_scale_j * scale * cap(a_ij + bias_j) + class_shift_j,   cap(t) = softcap * tanh(t / softcap)

@@ -1,0 +1,1 @@
+// The LapSum on the CPU.

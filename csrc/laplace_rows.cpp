@@ -1,0 +1,1 @@
+// The vector loops of LapSum, compiled once per instruction set.

@@ -1,0 +1,1 @@
+// The differentiable sorting networks on the CPU.

@@ -1,0 +1,1 @@
+// The vector loops of differentiable sorting networks, compiled once per instruction set.

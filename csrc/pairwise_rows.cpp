@@ -1,0 +1,1 @@
+// The vector loops of pairwise ranking losses, compiled once per instruction set.

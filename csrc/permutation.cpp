@@ -1,0 +1,1 @@
+// The NeuralSort and SoftSort on the CPU.

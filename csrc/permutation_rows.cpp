@@ -1,0 +1,1 @@
+// The vector loops of NeuralSort and SoftSort, compiled once per instruction set.

@@ -1,0 +1,1 @@
+// The NeuralNDCG on the CPU.

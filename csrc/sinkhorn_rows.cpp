@@ -1,0 +1,1 @@
+// The vector loops of NeuralNDCG, compiled once per instruction set.

@@ -1,0 +1,1 @@
+// The sparsemax and entmax on the CPU.

@@ -1,0 +1,1 @@
+// The vector loops of sparsemax and entmax, compiled once per instruction set.

@@ -1,0 +1,3 @@
+"""Learning to rank: losses on lists of scores, `loss(scores, relevance, *, mask=None, offsets=None, …)`."""
+
+from .listnet_loss import listnet_loss
