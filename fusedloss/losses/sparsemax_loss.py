@@ -14,8 +14,8 @@ def sparsemax_loss(scores, target):
     """Sparsemax loss: L = ½ Σ_j (p_j − δ_jy)² + [τ − s_y]₊, p_j = [s_j − τ]₊, Σ_j p_j = 1.
 
     The same as ½ (1 − Σ_j p_j²) + Σ_j p_j s_j − s_y, in a form that does not cancel. André Martins and Ramón Fernandez
-    Astudillo, "From Softmax to Sparsemax: A Sparse Model of Attention and Multi-Label Classification", ICML 2016, arXiv
-    1602.02068. The package `entmax` has the same values, but honours no `ignore_index` below 0.
+    Astudillo, "From Softmax to Sparsemax: A Sparse Model of Attention and Multi-Label Classification", ICML
+    2016, arXiv 1602.02068. The package `entmax` has the same values, but honours no `ignore_index` below 0.
     """
 
 
