@@ -97,12 +97,12 @@ def test_gradient(f, dtype, backend):
 @operator
 def test_derivatives_of_any_order(f, backend):
     """The package's entmax15 fails gradgradcheck."""
-    z = torch.randn(3, 7, 2, dtype=F64, requires_grad=True)
-    mask = torch.rand(3, 7, 2) > 0.2
+    z = torch.randn(2, 4, 2, dtype=F64, requires_grad=True)
+    mask = torch.rand(2, 4, 2) > 0.2
     for call in (lambda t: f(t, 1), lambda t: f(t, 1, mask=mask), lambda t: f(t[:, :, 0].reshape(-1), offsets=rows)):
-        rows = torch.tensor([0, 4, 4, 5, 21])
+        rows = torch.tensor([0, 3, 3, 4, 8])
         assert gradcheck(call, (z,)) and gradgradcheck(call, (z,))
-    weights = torch.randn(7, dtype=F64)
+    weights = torch.randn(4, dtype=F64)
 
     def third(t):
         (g,) = torch.autograd.grad((f(t, 1).square() * weights[:, None]).sum(), t, create_graph=True)
@@ -120,7 +120,7 @@ def test_infinities_and_nan(f, dtype, backend):
     z = torch.tensor(rows, dtype=dtype, requires_grad=True)
     wanted = [[0.0] * 4, [0.5, 0, 0.5, 0], [NAN] * 4, [0.5, 0, 0.5, 0], [0.0, 1, 0, 0]]
     p = f(z)
-    torch.testing.assert_close(p, torch.tensor(wanted, dtype=dtype), equal_nan=True, rtol=0, atol=0)
+    torch.testing.assert_close(p, torch.tensor(wanted, dtype=dtype), equal_nan=True, rtol=1e-15, atol=0)
     p.backward(torch.arange(20.0).reshape(5, 4).to(dtype))
     assert z.grad[2].isnan().all() and z.grad[[0, 1, 3, 4]].isfinite().all()
     assert (z.grad[[0, 4]] == 0).all() and (z.grad[:, 3][[0, 1, 3, 4]] == 0).all()
@@ -177,7 +177,8 @@ def test_mapped(f):
 @pytest.mark.unpoisoned
 @operator
 def test_compiled(f):
-    compiled = torch.compile(lambda z: f(z, 1).square().sum(), fullgraph=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda z: f(z, 1).square().sum(), fullgraph=True, backend="aot_eager")
     for n in (3, 5, 8):
         z = torch.randn(n, 6, 2, requires_grad=True)
         (got,) = torch.autograd.grad(compiled(z), z)
@@ -258,8 +259,8 @@ def test_the_margin(module, dtype, backend):
         d = 1 - gap / 2
         r = gap * (1 - gap / 4) / (d + math.sqrt(2 - d * d))  # (√(2 − d²) − d) / 2, without cancelling
         wanted, slope = ((r * r / (1 + r + d)) ** 2 * (2 + r + d) + r**3) * 2 / 3, r * r
-    near(loss, torch.tensor(wanted), 1e-6 if dtype != F64 else 1e-9, 0)
-    near(gradient, torch.tensor([[-slope, slope]]), {F64: 1e-9, F32: 1e-6}.get(dtype, 1e-2), 0)
+    near(loss, torch.tensor(wanted, dtype=F64), 1e-6 if dtype != F64 else 1e-9, 0)
+    near(gradient, torch.tensor([[-slope, slope]], dtype=F64), {F64: 1e-9, F32: 1e-6}.get(dtype, 1e-2), 0)
 
 
 @losses
@@ -355,10 +356,10 @@ def test_given_logits_in_half_precision(module, backend):
 @losses
 @pytest.mark.parametrize("linear", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_second_derivatives(module, linear, reduction, backend):
+def test_second_derivatives(module, linear, reduction):
     f = function_of(module)
-    x, w, b = (torch.randn(*shape, dtype=F64, requires_grad=True) for shape in ((4, 3), (6, 3), (6,)))
-    y, weight = torch.tensor([0, -100, 5, 2]), torch.rand(4, dtype=F64, requires_grad=True)
+    x, w, b = (torch.randn(*shape, dtype=F64, requires_grad=True) for shape in ((3, 2), (4, 2), (4,)))
+    y, weight = torch.tensor([0, -100, 3]), torch.rand(3, dtype=F64, requires_grad=True)
 
     def loss(x, w, b, weight):
         scores = fl.linear_scores(x, w, bias=b, softcap=5.0) if linear else x @ w.t() + b
@@ -381,7 +382,8 @@ def test_compiled_losses(module, linear, reduction):
         scores = fl.linear_scores(x, w, softcap=9.0) if linear else x @ w.t()
         return f(scores, y, reduction=reduction)
 
-    compiled = torch.compile(loss, fullgraph=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     for n in (4, 7):
         x, y = torch.randn(n, 5, requires_grad=True), torch.randint(0, 9, (n,))
         y[0] = -100

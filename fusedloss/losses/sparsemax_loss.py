@@ -28,7 +28,7 @@ def reference(logits: Tensor, target: Tensor) -> Tensor:
     size = (1 + count * falling > total).sum(1, keepdim=True)
     tau = (total.gather(1, size - 1) - 1) / size
     z = torch.where(logits == -torch.inf, -1e30, logits - logits.max(1, keepdim=True).values)
-    p = (z - tau).clamp(min=0)
+    p = torch.relu(z - tau)
     return (1 - p.square().sum(1)) / 2 + (p * z).sum(1) - z.gather(1, target[:, None])[:, 0]
 
 
