@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import autograd
 from ..checks import expect
+from ..lists import Lists
 from ..row_loss import row_loss
 from ..scores import Scores
 from ..sorting import entmax, threshold
@@ -29,6 +30,10 @@ COMMON = """
 """
 
 
+def _by(z: Tensor) -> str:
+    return threshold.who(z, Lists(z.shape, 1))
+
+
 class _Dense(torch.autograd.Function):
     """(n,) losses of dense scores, with ∂/∂z = p − y as a differentiable function of z."""
 
@@ -36,7 +41,7 @@ class _Dense(torch.autograd.Function):
     def forward(ctx, z, target, kind):
         ctx.save_for_backward(z, target)
         ctx.kind = kind
-        return threshold.losses(z, target, None, None, kind, threshold.is_native(z)).to(z.dtype)
+        return threshold.losses(z.contiguous(), target, None, None, kind, _by(z)).to(z.dtype)
 
     @staticmethod
     def backward(ctx, grad):
@@ -47,8 +52,8 @@ class _Dense(torch.autograd.Function):
 
 
 def _step(kind: int, z: Tensor, rows: list[Tensor], factor: Tensor, out: Tensor | None, backend: str) -> Tensor:
-    native = threshold.is_native(z) and (backend == "cpu" or z.dtype == torch.float64)
-    return threshold.losses(z, rows[0], factor, out, kind, native)
+    plain = backend == "torch" and z.dtype != torch.float64  # asked for; float64 has no other
+    return threshold.losses(z, rows[0], factor, out, kind, "torch" if plain else _by(z))
 
 
 def _evaluate(key, scores: Scores, keep, factor, rows, shared, options, reduction) -> Tensor:

@@ -23,29 +23,46 @@ def _native_rows(kind: int, lists: Lists, z: Tensor, out: Tensor | None, out_str
     return _native.Threshold(kind, lists.rows, width, address(lists.offsets), *given)
 
 
-def is_native(z: Tensor) -> bool:
-    return z.dtype in KINDS and engine(z.device, "cpu") == "cpu"
+def who(z: Tensor, lists: Lists) -> str:
+    """Which implementation takes such scores: "cpu", "triton" or "torch"."""
+    found = engine(z.device, "cpu", "triton")
+    if found == "triton" and (z.dtype not in DTYPES or lists.offsets is not None):
+        return "torch"
+    return found if z.dtype in KINDS and z.numel() else "torch"
+
+
+def _launched(which: str, device: torch.device, *given) -> None:
+    from ..backends import triton_launch
+    from . import threshold_launches  # not above: they import triton
+
+    triton_launch.run(iter([getattr(threshold_launches, which)(*given)]), device)
 
 
 def project(z: Tensor, lists: Lists, kind: int) -> Tensor:
     """p of flat scores (rows, width), or (items,) with offsets, in their type."""
-    if not is_native(z):
+    by = who(z, lists)
+    if by == "torch":
         return _support(z, lists, kind)[2].to(z.dtype)
     z = z.contiguous()
     out = torch.empty_like(z)
-    if z.numel():
+    if by == "cpu":
         _native.threshold_project(_native_rows(kind, lists, z, out, z.stride(0)))
+    else:
+        _launched("rows", z.device, z, kind == ENTMAX15, out, None, None, None)
     return out
 
 
 def project_backward(p: Tensor, g: Tensor, lists: Lists, kind: int) -> Tensor:
     """∂L/∂z from p and g = ∂L/∂p of one type: over the support w (g − Σ w g / Σ w), with w = 1 or √p."""
-    if not is_native(p):
+    by = who(p, lists)
+    if by == "torch":
         return project_backward_plain(p, g, lists, kind)
     p, g = p.contiguous(), g.contiguous()
     out = torch.empty_like(p)
-    if p.numel():
+    if by == "cpu":
         _native.threshold_backward(_native_rows(kind, lists, p, out, p.stride(0)), g.data_ptr())
+    else:
+        _launched("backward", p.device, p, g, out, kind == ENTMAX15)
     return out
 
 
@@ -60,10 +77,18 @@ def project_backward_plain(p: Tensor, g: Tensor, lists: Lists, kind: int) -> Ten
     return torch.where(inside, weight * (g - lists.spread(mean)), 0.0).to(p.dtype)
 
 
-def losses(z: Tensor, target: Tensor, factor: Tensor | None, out: Tensor | None, kind: int, native: bool) -> Tensor:
-    """(n,) float64 losses of scores (n, V) and classes (n,); out (n, V) = factor (p − y), it may share z's memory."""
-    if native:
+def losses(z: Tensor, target: Tensor, factor: Tensor | None, out: Tensor | None, kind: int, by: str) -> Tensor:
+    """(n,) float64 losses of scores (n, V) and classes (n,); out (n, V) = factor (p − y), it may share z's memory.
+
+    by: "cpu", "triton" or "torch".
+    """
+    if by != "torch":
         found = torch.empty(len(z), dtype=torch.float64, device=z.device)
+    if by == "triton":
+        factor = torch.ones_like(found) if factor is None else factor.contiguous()
+        _launched("rows", z.device, z, kind == ENTMAX15, out, target.contiguous(), factor, found)
+        return found
+    if by == "cpu":
         given = _native_rows(kind, Lists(z.shape, 1), z, out, 0 if out is None else out.stride(0))
         factor = None if factor is None else factor.double().contiguous()
         _native.threshold_loss(given, target.contiguous().data_ptr(), address(factor), found.data_ptr())
