@@ -47,18 +47,24 @@ def above(scores, columns, top, tau, SQUARE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def steps_of(count, first, second, SQUARE: tl.constexpr):
+    """From τ to where these entries solve the equation (infinity: nowhere), and Newton's step."""
+    if SQUARE:
+        root, norm = first * first - count * (second - 1.0), tl.sqrt(second)
+        exact = (second - 1.0) / (first + tl.sqrt(tl.where(root < 0, 0.0, root)))
+        return tl.where(root < 0, float("inf"), exact), (norm - 1.0) * norm / first
+    else:
+        return (first - 1.0) / count, (first - 1.0) / count
+
+
+@triton.jit
 def threshold(scores, columns, top, there, SQUARE: tl.constexpr, BLOCK: tl.constexpr):
     """τ, by the steps of csrc/threshold_rows.cpp."""
     tau, right = tl.full([], -1, tl.float64), tl.full([], 0, tl.float64)
     step, going = 0, there
     while going:
         count, first, second, least = above(scores, columns, top, tau, SQUARE, BLOCK)
-        exact = (first - 1.0) / count
-        newton = exact
-        if SQUARE:
-            root, norm = first * first - count * (second - 1.0), tl.sqrt(second)
-            exact = tl.where(root < 0, float("inf"), (second - 1.0) / (first + tl.sqrt(tl.where(root < 0, 0.0, root))))
-            newton = (norm - 1.0) * norm / first
+        exact, newton = steps_of(count, first, second, SQUARE)
         found, moves = exact < least, newton + tau > tau
         tau = tl.where(found, tau + exact, tl.where(moves, tau + newton, tau))
         step += 1
@@ -68,7 +74,10 @@ def threshold(scores, columns, top, there, SQUARE: tl.constexpr, BLOCK: tl.const
             _, half_first, half_second, _ = above(scores, columns, top, middle, SQUARE, BLOCK)
             left = (half_second if SQUARE else half_first) >= 1.0
             tau, right = tl.where(left, middle, tau), tl.where(left, right, middle)
-    return tau
+    # d was rounded where it was as large as 1: once more, where it is as large as the answer.
+    count, first, second, _ = above(scores, columns, top, tau, SQUARE, BLOCK)
+    exact, _ = steps_of(count, first, second, SQUARE)
+    return tl.where(there & (tl.abs(exact) < 1e-4), tau + exact, tau)
 
 
 @triton.jit
