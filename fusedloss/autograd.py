@@ -234,7 +234,7 @@ def weighted_total(
     return _WeightedTotal.apply(text, needs, keep, rows, shared, row_factor, *streams)
 
 
-# --- row losses of a loss on whole rows --------------------------------------------------------------------------------
+# --- row losses of a loss on whole rows ------------------------------------------------------------------------------
 
 
 class _RowLosses(torch.autograd.Function):

@@ -24,7 +24,7 @@ class WholeRows:
     """A row loss on whole rows, in the place of a `trace.Program`."""
 
     on_dense: Callable  # (z, *rows) -> (n,) losses, differentiable as often as wanted
-    # (z, rows, factor, out, backend's name) -> (n,) losses; out = factor ∂loss/∂z, in z's own memory or elsewhere, or None
+    # (z, rows, factor, out, backend's name) -> (n,) losses; out = factor ∂loss/∂z, in z's memory or elsewhere, or None
     step: Callable
 
     def call(self, scores: object, rows: Sequence[Tensor], shared: Sequence[Tensor]) -> Tensor:

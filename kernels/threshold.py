@@ -1,5 +1,5 @@
-"""Rows of scores through a threshold, p_j = [s z_j − τ]₊^e with Σ p = 1, and their losses: csrc/threshold.h, one program to
-a row. Not run on a GPU so far.
+"""Rows of scores through a threshold, p_j = [s z_j − τ]₊^e with Σ p = 1, and their losses: what csrc/threshold.h says,
+one program to a row. Not run on a GPU so far.
 
 The row is read once for its maximum, once for each step of Newton's method (five to eight), and once or twice more; it
 stays in the device's caches. Scores less the maximum are fp32; τ is float64 and is taken off in two parts, so that a

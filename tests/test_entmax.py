@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
 import fusedloss as fl
-from fusedloss.losses import function_of
+from fusedloss import whole_rows
 from fusedloss.losses import entmax15_loss as entmax15_module
+from fusedloss.losses import function_of
 from fusedloss.losses import sparsemax_loss as sparsemax_module
 from fusedloss.sorting import entmax15, sparsemax
 
@@ -171,7 +172,8 @@ def test_mapped(f):
     near(torch.vmap(f, in_dims=1)(z), f(z.transpose(0, 1)))
     near(torch.vmap(lambda t: f(t, 0))(z), f(z, 1))
     op = torch.ops.fusedloss.entmax_backward
-    near(torch.vmap(op, (0, 1, None, None), 0)(f(z), g.transpose(0, 1), None, 1), torch.stack([op(f(a), b, None, 1) for a, b in zip(z, g)]))
+    got = torch.vmap(op, (0, 1, None, None), 0)(f(z), g.transpose(0, 1), None, 1)
+    near(got, torch.stack([op(f(a), b, None, 1) for a, b in zip(z, g)]))
 
 
 @pytest.mark.unpoisoned
@@ -199,11 +201,12 @@ def test_ops(kind):
 def test_any_row(f, device, data):
     """Newton's method ends at the answer whatever the row: clusters, geometric steps, ties."""
     n, base = data.draw(st.integers(1, 60)), data.draw(st.floats(0.3, 0.999))
+    several = lambda one: torch.tensor(data.draw(st.lists(one, min_size=n, max_size=n)), dtype=F64)
     kinds = {
         "geometric": -(base ** torch.arange(n, dtype=F64)),
         "powers": -(torch.arange(n, dtype=F64) / n) ** data.draw(st.floats(0.05, 20)),
-        "ties": torch.tensor(data.draw(st.lists(st.sampled_from([0.0, -0.1, -0.5, -1.0, -2.0]), min_size=n, max_size=n))),
-        "any": torch.tensor(data.draw(st.lists(st.floats(-3, 3, width=32), min_size=n, max_size=n)), dtype=F64),
+        "ties": several(st.sampled_from([0.0, -0.1, -0.5, -1.0, -2.0])),
+        "any": several(st.floats(-3, 3, width=32)),
     }
     z = data.draw(st.floats(0.1, 4)) * kinds[data.draw(st.sampled_from(sorted(kinds)))].double()
     near(f(z), truth(f, z), 1e-9, 1e-13)
@@ -215,6 +218,31 @@ def test_long_rows(f, size):
     z = size * torch.randn(2, 100_000)
     near(f(z), truth(f, z), 3e-7, 1e-12)
     assert (f(z).double().sum(1) - 1).abs().max() < 1e-6
+
+
+@pytest.mark.host
+@operator
+@pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=str)
+def test_every_instruction_set_and_number_of_threads(f, dtype):
+    native = pytest.importorskip("fusedloss._native")
+    z, g = (3 * torch.randn(40, 1003)).to(dtype).requires_grad_(), torch.randn(40, 1003).to(dtype)
+    module, found = MODULES[OPERATORS.index(f)], []
+    for name, threads in (("portable", 1), ("avx2", 2), ("avx512", 2), (None, 1), (None, 3)):
+        before = torch.get_num_threads()
+        try:
+            native.set_isa(name)
+            torch.set_num_threads(threads)
+            p, loss = f(z), function_of(module)(z, torch.arange(40), reduction="sum")
+            found.append([p, loss, *torch.autograd.grad(p, z, g), *torch.autograd.grad(loss, z)])
+        except RuntimeError as error:
+            assert "set_isa" in str(error) or "processor" in str(error) or name in str(error), error
+        finally:
+            native.set_isa(None)
+            torch.set_num_threads(before)
+    for one in found:
+        for a, b in zip(one, found[-1]):
+            near(a, b, {F64: 1e-12, F32: 1e-6}.get(dtype, 1e-2), 1e-6)
+    assert all(torch.equal(a, b) for a, b in zip(found[-2], found[-1]))
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------
@@ -342,6 +370,24 @@ def test_linear_scores(module, options, dtype, budget, backend):
 
 
 @losses
+@pytest.mark.parametrize("bias", [False, True])
+def test_memory(module, bias, monkeypatch):
+    """The scores in memory stay within the budget, two tiles of them where the options' gradients ask for two."""
+    workspace, taken = whole_rows.workspace, []
+
+    def watched(device, *wanted):
+        taken.append(sum(math.prod(shape) * dtype.itemsize for shape, dtype in wanted[:1]) * (1 + bias))
+        return workspace(device, *wanted)
+
+    monkeypatch.setattr(whole_rows, "workspace", watched)
+    x, w = torch.randn(300, 4, requires_grad=True), torch.randn(500, 4, requires_grad=True)
+    b = torch.randn(500, requires_grad=True) if bias else None
+    scores = fl.linear_scores(x, w, bias=b, memory_budget=40_000)
+    function_of(module)(scores, torch.zeros(300, dtype=torch.int64)).backward()
+    assert len(taken) == 1 and 20_000 < taken[0] <= 40_000
+
+
+@losses
 def test_given_logits_in_half_precision(module, backend):
     """The gradient of float16 logits waits in float32 for a loss scale."""
     f, y = function_of(module), torch.randint(0, 600, (300,))
@@ -395,7 +441,8 @@ def test_compiled_losses(module, linear, reduction):
 
 @losses
 def test_ops_of_losses(module):
-    z, keep, y = torch.randn(4, 5, requires_grad=True), torch.tensor([True, False, True, True]), torch.tensor([0, 0, 2, 4])
+    z, keep = torch.randn(4, 5, requires_grad=True), torch.tensor([True, False, True, True])
+    y = torch.tensor([0, 0, 2, 4])
     key = function_of(module).on_statistics.key
     text = fl.logits_scores(z).spec((), key)
     streams = (z, None, None, None, None, None)

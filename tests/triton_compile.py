@@ -242,9 +242,10 @@ def similarity_launches(hip: bool):
 
 def threshold_rows_launches():
     """Sparsemax and entmax-1.5: p, and the loss with its gradient in place of the scores."""
-    scores, target, p = torch.empty(4096, 32768), torch.zeros(4096).long(), torch.empty(4096, 32000, dtype=torch.bfloat16)
-    factor, losses = torch.empty(4096, dtype=torch.float32), torch.empty(4096, dtype=torch.float64)
-    half = scores.view(torch.bfloat16)[:, :32768]
+    rows, columns = 4096, 32768
+    scores, target, p = torch.empty(rows, columns), torch.zeros(rows).long(), torch.empty(rows, 32000).bfloat16()
+    factor, losses = torch.empty(rows), torch.empty(rows, dtype=torch.float64)
+    half = scores.view(torch.bfloat16)[:, :columns]
     for square, name in ((False, "sparsemax"), (True, "entmax15")):
         yield name, threshold_launches.rows(p, square, torch.empty_like(p), None, None, None)
         yield f"{name} loss", threshold_launches.rows(scores, square, half, target, factor, losses)

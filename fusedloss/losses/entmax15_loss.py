@@ -13,9 +13,9 @@ from .fenchel_young import fenchel_young_loss
 def entmax15_loss(scores, target):
     """Entmax-1.5 loss: L = ⅔ ((1 − r_y)² (2 + r_y) + Σ_{j≠y} r_j³) + 2 [τ − s_y/2]₊, r_j = [s_j/2 − τ]₊, Σ_j r_j² = 1.
 
-    With p = r² the same as (1 − Σ_j p_j^1.5) / 0.75 + Σ_j p_j s_j − s_y, in a form that does not cancel. Ben Peters, Vlad
-    Niculae and André Martins, "Sparse Sequence-to-Sequence Models", ACL 2019, arXiv 1905.05702. The package `entmax` has
-    the same values, but honours no `ignore_index` below 0, and looks at the 100 largest scores first.
+    With p = r² the same as (1 − Σ_j p_j^1.5) / 0.75 + Σ_j p_j s_j − s_y, in a form that does not cancel. Ben Peters,
+    Vlad Niculae and André Martins, "Sparse Sequence-to-Sequence Models", ACL 2019, arXiv 1905.05702. The package
+    `entmax` has the same values, but honours no `ignore_index` below 0, and looks at the 100 largest scores first.
     """
 
 

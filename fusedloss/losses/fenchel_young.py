@@ -22,11 +22,11 @@ from ..trace import PROGRAMS
 from ..whole_rows import WholeRows
 
 COMMON = """
-    Computed as a sum of terms >= 0, so that it keeps its digits where it is small, and exactly 0 where the target's score
-    is above all others by the margin. −inf scores have probability and gradient 0; a target of −inf has loss inf. Scores
-    of +inf share the probability. It walks chunks of whole rows within the memory budget (at least one row of V scores),
-    three GEMMs forward and backward; `schedule` and `gradient_filter` of `linear_scores` have no effect. Not for scores
-    that are spread over processes.
+    Computed as a sum of terms >= 0, so that it keeps its digits where it is small, and exactly 0 where the target's
+    score is above all others by the margin. −inf scores have probability and gradient 0; a target of −inf has loss inf.
+    Scores of +inf share the probability. It walks chunks of whole rows within the memory budget (at least one row of V
+    scores), three GEMMs forward and backward (four with reduction="none"); `schedule` and `gradient_filter` of
+    `linear_scores` have no effect. Not for scores that are spread over processes.
 """
 
 

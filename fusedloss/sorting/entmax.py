@@ -14,11 +14,11 @@ COMMON = """
         values: float64, float32, bfloat16 or float16 of any shape; the result has its shape and type, and is computed
             in float64 from the few entries near a row's largest. Cost: two passes over a row, no sort.
         dim: the dimension that sums to 1.
-        mask: bool of values' shape, False: left out, as −inf is. offsets: (lists + 1,) int64 for values (items,): list r
-            is the items from offsets[r] to offsets[r + 1].
+        mask: bool of values' shape, False: left out, as −inf is. offsets: (lists + 1,) int64 for values (items,): list
+            r is the items from offsets[r] to offsets[r + 1].
     Entries of −inf get exactly 0 and gradient 0; a row with nothing else, or nothing at all, is all 0. Entries of +inf
-    share the row's 1 among themselves. A NaN makes its row NaN. The backward pass needs the result alone; derivatives of
-    any order are right. Raises TypeError, ValueError or IndexError for bad arguments.
+    share the row's 1 among themselves. A NaN makes its row NaN. The backward pass needs the result alone; derivatives
+    of any order are right. Raises TypeError, ValueError or IndexError for bad arguments.
 """
 
 torch.library.define("fusedloss::entmax", "(Tensor values, Tensor? offsets, int kind) -> Tensor")
