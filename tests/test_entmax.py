@@ -257,16 +257,6 @@ def test_losses_of_the_package(module):
 
 
 @losses
-def test_golden(module):
-    """The specification's example, of four classes."""
-    z, y = torch.tensor([[2.0, -1.0, 0.5, 0.1]], dtype=F64), torch.tensor([0])
-    p = truth(OPERATORS[MODULES.index(module)], z)
-    e = 2.0 if module is sparsemax_module else 1.5
-    wanted = (1 - p.pow(e).sum()) / (e * (e - 1)) + (p * z).sum() - z[0, 0]
-    near(function_of(module)(z, y), wanted)
-
-
-@losses
 @pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=str)
 def test_the_margin(module, dtype, backend):
     """Exactly 0, loss and gradient, where the target leads by the margin; all digits just before."""
