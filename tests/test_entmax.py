@@ -450,3 +450,29 @@ def test_many_classes(module):
     wanted = module.reference(exact, y).sum()
     near(loss, wanted, 2e-7)
     assert tolerance.error(torch.autograd.grad(loss, z)[0], torch.autograd.grad(wanted, exact)[0]) < 1e-7
+
+
+@losses
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("dtype", [F64, BF16], ids=str)
+def test_frozen_inputs_and_class_vectors(module, linear, dtype):
+    """Whichever of the tensors are trained, their gradients are those of all at once."""
+    f, y = function_of(module), torch.tensor([0, -100, 3, 5])
+    x, w = torch.randn(4, 3).to(dtype), torch.randn(6, 3).to(dtype)
+    parts = [x if linear else (x @ w.t()), w, *(torch.rand(6, dtype=F64 if dtype == F64 else F32) for _ in range(3))]
+
+    def gradients(trained):
+        leaves = [t.clone().requires_grad_(n in trained) for n, t in enumerate(parts)]
+        given = fl.linear_scores(*leaves[:2], bias=leaves[2].to(dtype)) if linear else fl.logits_scores(leaves[0])
+        loss = f(given.adjusted(leaves[3], leaves[4]), y)
+        return torch.autograd.grad(loss, [leaves[n] for n in trained])
+
+    used = (0, 1, 2, 3, 4) if linear else (0, 3, 4)
+    together = dict(zip(used, gradients(used)))
+    for n in used:
+        assert tolerance.error(gradients((n,))[0], together[n]) < (1e-12 if dtype == F64 else 1e-2)
+    leaves = [t.double().requires_grad_() for t in parts]
+    z = (leaves[0] @ leaves[1].t() + leaves[2]) if linear else leaves[0]
+    truth = module.reference((z * leaves[3] + leaves[4])[y >= 0], y[y >= 0]).mean()
+    for n, wanted in zip(used, torch.autograd.grad(truth, [leaves[n] for n in used])):
+        assert tolerance.error(together[n], wanted) < (1e-12 if dtype == F64 else 2e-2)
