@@ -21,7 +21,8 @@ HEAD = """# Losses
 Written by `python docs/generate.py` from the losses' own files. All of them take logits or
 `fusedloss.linear_scores(…)`, and `weight` (classes; not number_token_loss), `row_weight`, `ignore_index` and
 `reduction`. s are the scores, y the target, p = softmax(s) (p alone: its value at y), V the number of classes. A pass
-is one streaming read of the scores; what it gathers is what the loss depends on.
+is one streaming read of the scores; what it gathers is what the loss depends on. No pass: the loss reads whole rows,
+a chunk of them at a time.
 
 | loss | formula | hyperparameters | gathers | passes | papers |
 |---|---|---|---|---|---|

@@ -13,6 +13,7 @@ from .losses.comp_sum_loss import comp_sum_loss
 from .losses.cosine_contrastive_loss import cosine_contrastive_loss
 from .losses.cross_entropy import cross_entropy
 from .losses.cwcl_loss import cwcl_loss
+from .losses.entmax15_loss import entmax15_loss
 from .losses.focal_loss import focal_loss
 from .losses.generalized_cross_entropy import generalized_cross_entropy
 from .losses.info_nce_loss import info_nce_loss
@@ -33,6 +34,7 @@ from .losses.poly_loss import poly_loss
 from .losses.sigmoid_focal_loss import sigmoid_focal_loss
 from .losses.sigmoid_loss import sigmoid_loss
 from .losses.soft_info_nce_loss import soft_info_nce_loss
+from .losses.sparsemax_loss import sparsemax_loss
 from .losses.spherical_softmax_loss import spherical_softmax_loss
 from .losses.spherical_z_loss import spherical_z_loss
 from .losses.squared_error_loss import squared_error_loss

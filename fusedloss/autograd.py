@@ -18,7 +18,7 @@ from .memory import empty
 from .ops import decode, encode
 from .statistics import split
 
-__all__ = ["encode", "statistics", "weighted_total"]
+__all__ = ["encode", "row_losses", "statistics", "weighted_total"]
 
 STREAMS = 6  # differentiable inputs: x, weight, bias, class_scale, class_shift, scale
 _op = torch.ops.fusedloss
@@ -232,3 +232,49 @@ def weighted_total(
     if torch.compiler.is_compiling():
         return _op.eager_gradient(text, *streams, keep, row_factor, rows, shared, needs)[0]
     return _WeightedTotal.apply(text, needs, keep, rows, shared, row_factor, *streams)
+
+
+# --- row losses of a loss on whole rows ------------------------------------------------------------------------------
+
+
+class _RowLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, text, keep, rows, *streams):
+        ctx.text, ctx.keep, ctx.rows = text, keep, rows
+        ctx.save_for_backward(*streams)
+        return _op.row_losses(text, *streams, keep, rows)
+
+    @staticmethod
+    def backward(ctx, grad):
+        streams, needs = ctx.saved_tensors, list(ctx.needs_input_grad[3:])
+        if torch.is_grad_enabled():
+            streams = _apart(streams)
+            losses = ops.PROGRAMS[decode(ctx.text).program].call(_dense(decode(ctx.text), streams), ctx.rows, [])
+            losses = losses if ctx.keep is None else torch.where(ctx.keep, losses, 0.0)
+            return None, None, None, *_gradients(losses, streams, grad, needs)
+        return None, None, None, *_row_gradients(ctx, streams, needs, grad)
+
+
+def _row_gradients(ctx, streams, needs, grad) -> list[Tensor | None]:
+    _, _, *found = _op.eager_gradient(ctx.text, *streams, ctx.keep, grad, ctx.rows, [], needs)
+    return [g.to(t.dtype) if n else None for g, t, n in zip(found, streams, needs)]
+
+
+def _setup_row_losses(ctx, inputs, output):
+    ctx.text, *streams, ctx.keep, ctx.rows = inputs
+    ctx.save_for_backward(*streams)
+
+
+def _row_losses_formula(ctx, grad):
+    needs = list(ctx.needs_input_grad[1 : 1 + STREAMS])
+    return None, *_row_gradients(ctx, ctx.saved_tensors, needs, grad), None, [None] * len(ctx.rows)
+
+
+torch.library.register_autograd("fusedloss::row_losses", _row_losses_formula, setup_context=_setup_row_losses)
+
+
+def row_losses(text: str, streams: Sequence[Tensor | None], keep: Tensor | None, rows: list[Tensor]) -> Tensor:
+    """(N,) losses of the loss on whole rows that `text` names; backward walks the scores again."""
+    if torch.compiler.is_compiling():
+        return _op.row_losses(text, *streams, keep, rows)
+    return _RowLosses.apply(text, keep, rows, *streams)

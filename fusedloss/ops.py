@@ -28,6 +28,7 @@ from .schedule import Gradients, eager_sweep, gradient_sweep, keeps_exponentials
 from .statistics import Count, Statistic, build, split
 from .stream import Stream
 from .trace import PROGRAMS
+from .whole_rows import WholeRows, whole_row_sweep
 
 DTYPES = {str(d): d for d in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 
@@ -208,12 +209,12 @@ def _zeros(shape, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.zeros(shape, dtype=dtype, device=device)
 
 
-def _gradient_buffers(stream: Stream, x, weight, needs) -> tuple[Gradients, list[Tensor]]:
-    """Buffers to fill and, in the order of the op's outputs, the gradients they become."""
+def _gradient_buffers(stream: Stream, x, weight, needs, waiting: bool = False) -> tuple[Gradients, list[Tensor]]:
+    """Buffers to fill and, in the order of the op's outputs, the gradients they become; `waiting` as in `_finished`."""
     wide = accumulation_dtype(stream.dtype)
     fresh = _zeros if stream.rows == 0 else empty
     rows = _zeros if stream.kept is not None else fresh
-    dx = rows(x.shape, x.dtype if weight is None else waiting_dtype(x.dtype), x.device) if needs[0] else None
+    dx = rows(x.shape, x.dtype if weight is None and not waiting else waiting_dtype(x.dtype), x.device) if needs[0] else None
     dw = fresh(weight.shape, waiting_dtype(weight.dtype), x.device) if weight is not None and needs[1] else None
     vectors = [torch.zeros(stream.columns, dtype=wide, device=x.device) if n else None for n in needs[2:5]]
     total = torch.zeros((), dtype=torch.float64, device=x.device) if needs[5] else None
@@ -315,41 +316,57 @@ def _eager_gradient(text, x, weight, bias, class_scale, class_shift, scale, keep
     stream = stream_of(spec, x, weight, bias, class_scale, class_shift, scale, keep)
     kept_rows = [stream.take(t, slice(None)) for t in rows] if stream.kept is not None else list(rows)
     factor = stream.take(row_factor, slice(None)) if stream.kept is not None else row_factor
-    stats = program.statistics(kept_rows, shared)
-    into, found = _gradient_buffers(stream, x, weight, needs)
+    into, found = _gradient_buffers(stream, x, weight, needs, waiting=True)
     peak = _peak(stream, factor)
     lifted = factor if peak is None else factor / peak
     dtype = accumulation_dtype(stream.dtype)
     losses = torch.empty(stream.rows, dtype=dtype, device=x.device)
+    gradient_dtype = None if weight is None else weight.dtype
+    walk = _walk_whole_rows if isinstance(program, WholeRows) else _walk_statistics
+    walk(program, stream, spec.walk, keep, kept_rows, shared, lifted, losses, into, gradient_dtype)
+    _rescale(found, peak)
+    total = (losses.double() * factor).sum().to(dtype)
+    gradients = _finished(found, [x, weight, bias, class_scale, class_shift, scale], waiting=True)
+    return total, _whole(stream, losses, x.shape[0]), *gradients
+
+
+def _walk_statistics(program, stream, walk, keep, rows, shared, factor, losses, into, gradient_dtype) -> None:
+    """Fill losses and gradients of a loss on statistics."""
+    stats = program.statistics(rows, shared)
 
     def step(chunk: slice, states: list[Tensor]) -> list[Tensor]:
         values = [s.value(state) for s, state in zip(stats, states)]
         columns = [s.columns(state) if hasattr(s, "k") else None for s, state in zip(stats, states)]
-        mine = [t[chunk] for t in kept_rows]
-        found, coefficients = program.step(values, columns, mine, shared, lifted[chunk].double())
+        mine = [t[chunk] for t in rows]
+        found, coefficients = program.step(values, columns, mine, shared, factor[chunk].double())
         counts = None if keep is None else keep[chunk]
         losses[chunk] = _counting(counts, found)
         return [_counting(counts, c) for c in coefficients]
 
     exponentials = keeps_exponentials(stream, stats, into.sums)
-    gradient_dtype = None if weight is None else weight.dtype
-    layout = stream.plan(spec.walk, exponentials, gradient_dtype, stream.fuses(stats))
-    if program.linear and weight is not None and spec.walk.schedule == "auto" and not spec.walk.gradient_filter:
-        states = [s.identity(stream.rows, x.device) for s in stats]
+    layout = stream.plan(walk, exponentials, gradient_dtype, stream.fuses(stats))
+    if program.linear and stream.weight is not None and walk.schedule == "auto" and not walk.gradient_filter:
+        states = [s.identity(stream.rows, stream.x.device) for s in stats]
         coefficients = step(slice(0, stream.rows), states)  # of a linear loss: whatever the states are
-        layout = recompute_layout(stream, spec.walk, across=True)
+        layout = recompute_layout(stream, walk, across=True)
         gradient_sweep(stream, stats, states, coefficients, into, layout, visit=True)
         step(slice(0, stream.rows), states)
     elif layout.schedule == "eager":
-        largest = lifted.abs().max().item() if stream.rows and spec.walk.gradient_filter else 0.0
-        eager_sweep(stream, stats, step, into, layout, spec.walk.gradient_filter * largest)
+        largest = factor.abs().max().item() if stream.rows and walk.gradient_filter else 0.0
+        eager_sweep(stream, stats, step, into, layout, walk.gradient_filter * largest)
     else:
         states, _ = statistics_sweep(stream, stats, layout)
         gradient_sweep(stream, stats, states, step(slice(0, stream.rows), states), into, layout)
-    _rescale(found, peak)
-    total = (losses.double() * factor).sum().to(dtype)
-    gradients = _finished(found, [x, weight, bias, class_scale, class_shift, scale], waiting=True)
-    return total, _whole(stream, losses, x.shape[0]), *gradients
+
+
+def _walk_whole_rows(program, stream, walk, keep, rows, shared, factor, losses, into, gradient_dtype) -> None:
+    """The same of a loss on whole rows."""
+
+    def step(chunk: slice, z: Tensor, out: Tensor | None) -> None:
+        found = program.step(z, [t[chunk] for t in rows], factor[chunk], out, stream.backend.name)
+        losses[chunk] = _counting(None if keep is None else keep[chunk], found)
+
+    whole_row_sweep(stream, step, into, walk, gradient_dtype)
 
 
 @torch.library.register_fake("fusedloss::eager_gradient")
@@ -361,3 +378,20 @@ def _eager_gradient_fake(text, x, weight, bias, class_scale, class_shift, scale,
         losses,
         *_finished_fakes(needs, [x, weight, bias, class_scale, class_shift, scale], waiting=True),
     )
+
+
+# --- their losses row by row, where the gradient has to wait for what each row counts: two walks ----------------------
+
+torch.library.define("fusedloss::row_losses", f"(str spec, {STREAMS}, Tensor[] rows) -> Tensor")
+
+
+@torch.library.impl("fusedloss::row_losses", "CompositeExplicitAutograd")
+def _row_losses(text, x, weight, bias, class_scale, class_shift, scale, keep, rows):
+    factor = torch.ones(x.shape[0], device=x.device)
+    given = text, x, weight, bias, class_scale, class_shift, scale, keep, factor, rows, []
+    return torch.ops.fusedloss.eager_gradient(*given, [False] * 6)[1]
+
+
+@torch.library.register_fake("fusedloss::row_losses")
+def _row_losses_fake(text, x, weight, bias, class_scale, class_shift, scale, keep, rows):
+    return x.new_empty(x.shape[0], dtype=accumulation_dtype(DTYPES[decode(text).multiply]))

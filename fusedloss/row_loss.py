@@ -105,7 +105,7 @@ def register(function: Callable) -> Callable:
     return function
 
 
-def row_loss(function: Callable) -> Callable:
+def row_loss(function: Callable, evaluate: Callable = evaluate) -> Callable:
     """Make a loss function of a loss on statistics.
 
     The decorated function takes `scores`, then per-row tensors (the first one the target, when it is called

@@ -88,6 +88,8 @@ CALLS = {
     "sce_symmetric_cross_entropy": with_reverse(fl.cross_entropy),
     "squentropy": lambda s, y, p: fl.squentropy(s, y),
     "rescaled_square_loss": lambda s, y, p: fl.squared_error_loss(s, y, k=p["k"], value=p["M"]),
+    "sparsemax_loss": lambda s, y, p: fl.sparsemax_loss(s, y),
+    "entmax15_loss": lambda s, y, p: fl.entmax15_loss(s, y),
     "one_vs_rest": lambda s, y, p: fl.one_vs_rest_loss(s, y),
     "ldam": lambda s, y, p: fl.logit_adjusted_cross_entropy(
         s, y, class_scale=torch.full_like(counts(), p["s"]), **class_counts.target_margin(counts(), p["max_m"])
@@ -119,7 +121,6 @@ MISSING = {
     "Dice, Tversky, AnyLoss, EnsLoss": range(62, 74),
     "multi-label targets": (75,),
     "soft targets on bins, levels or tokens, and distances between them": range(86, 93),
-    "sparse softmax": (93, 94),
     "weights from the batch's losses, learnable task weights": range(95, 100),
     "label proportions": range(100, 104),
     "rejection, calibration, value learning, tree search, noise contrast, energies": range(104, 117),

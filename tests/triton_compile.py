@@ -19,6 +19,7 @@ from fusedloss.backends import triton_launch, triton_linear_gradient
 from fusedloss.backends.tile import Across, Exponentials, Sums, Tile
 from fusedloss.nn import SphericalSoftmaxLoss, SphericalZLoss, SquaredErrorLoss, TaylorSoftmaxLoss
 from fusedloss.relation import Other, Rest, Same
+from fusedloss.sorting import threshold_launches
 from fusedloss.spherical import device_launches
 from fusedloss.spherical.factors import Factors
 from fusedloss.spherical.family import member
@@ -159,6 +160,7 @@ def launches(hip: bool):
         yield from ((name + how, launch) for launch in launched)
     yield from similarity_launches(hip)
     yield from spherical_launches()
+    yield from threshold_rows_launches()
 
 
 def similarity_launches(hip: bool):
@@ -236,6 +238,18 @@ def similarity_launches(hip: bool):
         given += (states(stats, rows) if name.startswith("sigmoid") else None,)
         launched = triton_linear_gradient.launches(x, y, tile, half, *given, hip=hip)
         yield from ((f"{name} with options", launch) for launch in launched)
+
+
+def threshold_rows_launches():
+    """Sparsemax and entmax-1.5: p, and the loss with its gradient in place of the scores."""
+    rows, columns = 4096, 32768
+    scores, target, p = torch.empty(rows, columns), torch.zeros(rows).long(), torch.empty(rows, 32000).bfloat16()
+    factor, losses = torch.empty(rows), torch.empty(rows, dtype=torch.float64)
+    half = scores.view(torch.bfloat16)[:, :columns]
+    for square, name in ((False, "sparsemax"), (True, "entmax15")):
+        yield name, threshold_launches.rows(p, square, torch.empty_like(p), None, None, None)
+        yield f"{name} loss", threshold_launches.rows(scores, square, half, target, factor, losses)
+        yield name, threshold_launches.backward(p, p, torch.empty_like(p), square)
 
 
 def spherical_launches():

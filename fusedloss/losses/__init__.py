@@ -16,6 +16,7 @@ from . import (
     cosine_contrastive_loss,
     cross_entropy,
     cwcl_loss,
+    entmax15_loss,
     focal_loss,
     generalized_cross_entropy,
     info_nce_loss,
@@ -34,6 +35,7 @@ from . import (
     sigmoid_focal_loss,
     sigmoid_loss,
     soft_info_nce_loss,
+    sparsemax_loss,
     spherical_softmax_loss,
     spherical_z_loss,
     squared_error_loss,
@@ -62,6 +64,8 @@ LOSSES: tuple[ModuleType, ...] = (
     spherical_z_loss,
     spherical_softmax_loss,
     taylor_softmax_loss,
+    sparsemax_loss,
+    entmax15_loss,
 )
 
 # Of similarities of pairs. SCORES in each file says whose: "pair" (x with y, N ≤ M), "self" (x with itself), "classes"

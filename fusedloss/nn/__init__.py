@@ -11,6 +11,7 @@ loss(x, label)
 
 from ..losses.comp_sum_loss import comp_sum_loss
 from ..losses.cross_entropy import cross_entropy
+from ..losses.entmax15_loss import entmax15_loss
 from ..losses.focal_loss import focal_loss
 from ..losses.generalized_cross_entropy import generalized_cross_entropy
 from ..losses.logit_adjusted_cross_entropy import logit_adjusted_cross_entropy
@@ -21,6 +22,7 @@ from ..losses.one_vs_rest_loss import one_vs_rest_loss
 from ..losses.poly_focal_loss import poly_focal_loss
 from ..losses.poly_loss import poly_loss
 from ..losses.sigmoid_focal_loss import sigmoid_focal_loss
+from ..losses.sparsemax_loss import sparsemax_loss
 from ..losses.spherical_softmax_loss import spherical_softmax_loss
 from ..losses.spherical_z_loss import spherical_z_loss
 from ..losses.squared_error_loss import squared_error_loss
@@ -54,6 +56,10 @@ class CompSumLoss(Loss, of=comp_sum_loss):
 
 
 class CrossEntropyLoss(Loss, of=cross_entropy):
+    pass
+
+
+class Entmax15Loss(Loss, of=entmax15_loss):
     pass
 
 
@@ -94,6 +100,10 @@ class PolyLoss(Loss, of=poly_loss):
 
 
 class SigmoidFocalLoss(Loss, of=sigmoid_focal_loss):
+    pass
+
+
+class SparsemaxLoss(Loss, of=sparsemax_loss):
     pass
 
 

@@ -1,1 +1,3 @@
 """Differentiable sorting and ranking."""
+
+from .entmax import entmax15, sparsemax
