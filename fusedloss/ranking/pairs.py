@@ -1,0 +1,209 @@
+"""Losses over the pairs of each list, and soft positions: opaque operators that keep O(n) numbers, and their autograd.
+
+``fusedloss::pair_losses``     Σ w_ij f(σ (s_i − s_j)) over pairs of relevance r_i > r_j, its gradient, the number of pairs
+``fusedloss::soft_positions``  1 + Σ_{j ≠ i} 1 / (1 + e^{σ (s_i − s_j)}), and ``soft_positions_backward``
+
+Weights of pairs are constants: no gradient flows through ranks. Upstream of a list's loss there is one number, so the
+gradient comes with the loss and is kept. Second derivatives are right: they run through plain PyTorch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backends.native import _native
+from ..checks import check_constant, expect
+from ..lists import Lists
+from ..sorting.engines import engine
+from . import pairs_torch
+
+FUNCTIONS = ("softplus", "logistic")
+WEIGHTS = ("one", "difference", "squares", "ndcg1", "ndcg2", "lambdarank", "ndcg2pp")
+DTYPES = {torch.float32: 0, torch.float64: 3}
+NORMALIZATIONS = (None, "pairs", "batch")
+
+torch.library.define(
+    "fusedloss::pair_losses",
+    "(Tensor scores, Tensor relevance, Tensor? mask, Tensor? offsets, str function, str weight, float sigma, float mu, "
+    "float scale, int k) -> (Tensor, Tensor, Tensor)",
+)
+torch.library.define("fusedloss::soft_positions", "(Tensor scores, Tensor? mask, Tensor? offsets, float sigma) -> Tensor")
+torch.library.define(
+    "fusedloss::soft_positions_backward",
+    "(Tensor scores, Tensor upstream, Tensor? mask, Tensor? offsets, float sigma) -> Tensor",
+)
+_op = torch.ops.fusedloss
+
+
+def _lists(scores: Tensor, mask: Tensor | None, offsets: Tensor | None) -> Lists:
+    return Lists(scores.shape, scores.dim() - 1, mask, offsets)
+
+
+def _engine(scores: Tensor) -> str:
+    found = engine(scores.device, "cpu", "triton")
+    return "torch" if found == "triton" and scores.dtype != torch.float32 else found
+
+
+def _native_pairs(scores: Tensor, mask: Tensor | None, offsets: Tensor | None, sigma: float, *options):
+    rows, width = (offsets.shape[0] - 1, 0) if offsets is not None else scores.shape
+    at = (0 if t is None else t.data_ptr() for t in (offsets, mask))
+    return _native.Pairs(rows, width, *at, DTYPES[scores.dtype], sigma, *options)
+
+
+# --- losses of pairs -------------------------------------------------------------------------------------------------
+
+
+@torch.library.impl("fusedloss::pair_losses", "CompositeExplicitAutograd")
+def _pair_losses(scores, relevance, mask, offsets, function, weight, sigma, mu, scale, k):
+    with torch.no_grad():
+        scores, relevance = scores.contiguous(), relevance.contiguous()
+        which, lists = _engine(scores), _lists(scores, mask, offsets)
+        if which == "cpu":
+            losses, gradient = scores.new_empty(lists.rows), torch.empty_like(scores)
+            pairs = scores.new_empty(lists.rows, dtype=torch.int64)
+            options = FUNCTIONS.index(function), WEIGHTS.index(weight), mu, scale, k
+            given = _native_pairs(scores, mask, offsets, sigma, *options)
+            tensors = (scores, relevance, losses, gradient, pairs)
+            _native.pair_losses(given, *(t.data_ptr() for t in tensors))
+            return losses, gradient, pairs
+        items = pairs_torch.weighted(lists, scores, relevance, weight, mu, k)
+        if which == "triton":
+            from . import pairs_triton
+
+            return pairs_triton.pair_losses(lists, items, function, sigma, scale)
+        return pairs_torch.pair_losses(lists, items, function, sigma, scale)
+
+
+@torch.library.register_fake("fusedloss::pair_losses")
+def _(scores, relevance, mask, offsets, function, weight, sigma, mu, scale, k):
+    rows = _lists(scores, mask, offsets).rows
+    gradient = torch.empty_like(scores, memory_format=torch.contiguous_format)
+    return scores.new_empty(rows), gradient, scores.new_empty(rows, dtype=torch.int64)
+
+
+def _setup_losses(ctx, inputs, output):
+    scores, relevance, mask, offsets, *ctx.options = inputs
+    ctx.save_for_backward(scores, relevance, mask, offsets, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _losses_formula(ctx, upstream, along, _pairs):
+    """`along` comes to the gradient, where that is differentiated."""
+    scores, relevance, mask, offsets, gradient = ctx.saved_tensors
+    function, weight, sigma, mu, scale, k = ctx.options
+    lists = _lists(scores, mask, offsets)
+    found = None if upstream is None else lists.spread(upstream) * gradient
+    if along is not None:
+        items = pairs_torch.weighted(lists, scores.detach(), relevance, weight, mu, k)
+        items = pairs_torch.replace(items, scores=scores)
+        bent = pairs_torch.pair_curvature(lists, items, function, sigma, scale, along)
+        found = bent if found is None else found + bent
+    return found, *[None] * 9
+
+
+torch.library.register_autograd("fusedloss::pair_losses", _losses_formula, setup_context=_setup_losses)
+
+
+def pair_losses(
+    name: str,
+    lists: Lists,
+    scores: Tensor,
+    relevance: Tensor,
+    *,
+    function: str = "softplus",
+    weight: str = "one",
+    sigma: float = 1.0,
+    mu: float = 0.0,
+    scale: float = 1.0,
+    k: int | None = None,
+    normalization: str | None = None,
+) -> Tensor:
+    """(rows,): scale Σ w_ij f(σ (s_i − s_j)) of each list, for the loss `name`; by None, or divided by the number of
+    pairs of its list ("pairs") or of the batch ("batch"), 0 where there are none."""
+    check_constant(name, "sigma", sigma, 0.0, above=True)
+    check_constant(name, "mu", mu)
+    expect(normalization in NORMALIZATIONS, name, "normalization", f"one of {NORMALIZATIONS}", normalization)
+    expect(k is None or (isinstance(k, int) and k >= 1), name, "k", "None or an integer from 1", k)
+    given = relevance.detach(), lists.mask, lists.offsets, function, weight, float(sigma), float(mu), float(scale), k or 0
+    losses, _, pairs = _op.pair_losses(scores, *given)
+    if normalization is None:
+        return losses
+    pairs = pairs if normalization == "pairs" else pairs.sum()
+    return losses / pairs.clamp(min=1).to(losses.dtype)
+
+
+# --- soft positions --------------------------------------------------------------------------------------------------
+
+
+@torch.library.impl("fusedloss::soft_positions", "CompositeExplicitAutograd")
+def _soft_positions(scores, mask, offsets, sigma):
+    with torch.no_grad():
+        scores, which = scores.contiguous(), _engine(scores)
+        if which == "cpu":
+            positions = torch.empty_like(scores)
+            given = _native_pairs(scores, mask, offsets, sigma)
+            _native.soft_positions(given, scores.data_ptr(), positions.data_ptr())
+            return positions
+        lists = _lists(scores, mask, offsets)
+        if which == "triton":
+            from . import pairs_triton
+
+            return pairs_triton.soft_positions(lists, scores, None, sigma)
+        return pairs_torch.soft_positions(lists, scores, sigma)
+
+
+@torch.library.impl("fusedloss::soft_positions_backward", "CompositeExplicitAutograd")
+def _soft_positions_backward(scores, upstream, mask, offsets, sigma):
+    with torch.no_grad():
+        scores, upstream, which = scores.contiguous(), upstream.contiguous(), _engine(scores)
+        if which == "cpu":
+            found = torch.empty_like(scores)
+            given = _native_pairs(scores, mask, offsets, sigma)
+            _native.soft_positions_backward(given, scores.data_ptr(), upstream.data_ptr(), found.data_ptr())
+            return found
+        lists = _lists(scores, mask, offsets)
+        if which == "triton":
+            from . import pairs_triton
+
+            return pairs_triton.soft_positions(lists, scores, upstream, sigma)
+        return pairs_torch.soft_positions_backward(lists, scores, upstream, sigma)
+
+
+@torch.library.register_fake("fusedloss::soft_positions")
+def _(scores, mask, offsets, sigma):
+    return torch.empty_like(scores, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("fusedloss::soft_positions_backward")
+def _(scores, upstream, mask, offsets, sigma):
+    return torch.empty_like(scores, memory_format=torch.contiguous_format)
+
+
+def _setup_positions(ctx, inputs, output):
+    *tensors, ctx.sigma = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _positions_formula(ctx, upstream):
+    scores, mask, offsets = ctx.saved_tensors
+    return _op.soft_positions_backward(scores, upstream, mask, offsets, ctx.sigma), None, None, None
+
+
+def _positions_backward_formula(ctx, along):
+    scores, upstream, mask, offsets = ctx.saved_tensors
+    lists = _lists(scores, mask, offsets)
+    bent = pairs_torch.soft_positions_curvature(lists, scores, upstream, along, ctx.sigma)
+    # Symmetric in what comes from above and what it is asked along.
+    return bent, _op.soft_positions_backward(scores, along, mask, offsets, ctx.sigma), None, None, None
+
+
+torch.library.register_autograd("fusedloss::soft_positions", _positions_formula, setup_context=_setup_positions)
+torch.library.register_autograd(
+    "fusedloss::soft_positions_backward", _positions_backward_formula, setup_context=_setup_positions
+)
+
+
+def soft_positions(lists: Lists, scores: Tensor, sigma: float) -> Tensor:
+    """p_i = 1 + Σ_{j ≠ i} 1 / (1 + e^{σ (s_i − s_j)}) of each item, 0 of padding; O(n) memory."""
+    return _op.soft_positions(scores, lists.mask, lists.offsets, float(sigma))
