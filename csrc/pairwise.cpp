@@ -227,6 +227,7 @@ struct Positions {
   const fl_pairs& p;
   const T *scores, *upstream;
   T* out;
+  bool backward;
 
   void operator()(int64_t row, Walk<T>& w, bool threads) const {
     const int64_t n = count_items(p.lists, row), at = first_item(p.lists, row);
@@ -237,16 +238,16 @@ struct Positions {
       if (mask && !mask[i]) continue;
       const int64_t to = w.count++;
       w.order[to] = (int32_t)i, w.score[to] = scores[at + i], w.partner[to] = (int32_t)w.count;
-      if (upstream) w.a[to] = upstream[at + i];
+      if (backward) w.a[to] = upstream[at + i];
     }
     const PairItems<T> items = w.items(nullptr, p.sigma);
     const PairRows<T>& rows = rows_in_use<T>();
     each_block(w, threads, [&](int64_t first, int64_t end, double* to) {
-      (upstream ? rows.positions_backward : rows.positions)(items, first, end, to);
+      (backward ? rows.positions_backward : rows.positions)(items, first, end, to);
       return 0.0;
     });
     std::fill(out + at, out + at + n, T(0));
-    for (int64_t i = 0; i < w.count; ++i) out[at + w.order[i]] = (T)(w.sums[i] + (upstream ? 0 : 1));
+    for (int64_t i = 0; i < w.count; ++i) out[at + w.order[i]] = (T)(w.sums[i] + (backward ? 0 : 1));
   }
 };
 
@@ -270,12 +271,16 @@ int guarded(const char* name, Work work) {
   }
 }
 
-int positions(const char* name, const fl_pairs* p, const void* scores, const void* upstream, void* out) {
+template <class T>
+int positions(const char* name, const fl_pairs& p, const void* scores, const void* upstream, void* out, bool backward) {
+  return each_list(name, p.lists, Positions<T>{p, (const T*)scores, (const T*)upstream, (T*)out, backward});
+}
+
+int positions(const char* name, const fl_pairs* p, const void* scores, const void* upstream, void* out, bool backward) {
   if (int status = check_pairs(name, p)) return status;
   return guarded(name, [&] {
-    if (p->dtype == FL_F64)
-      return each_list(name, p->lists, Positions<double>{*p, (const double*)scores, (const double*)upstream, (double*)out});
-    return each_list(name, p->lists, Positions<float>{*p, (const float*)scores, (const float*)upstream, (float*)out});
+    return p->dtype == FL_F64 ? positions<double>(name, *p, scores, upstream, out, backward)
+                              : positions<float>(name, *p, scores, upstream, out, backward);
   });
 }
 
@@ -302,12 +307,11 @@ int fl_pair_losses(const fl_pairs* p, const void* scores, const void* relevance,
 }
 
 int fl_soft_positions(const fl_pairs* p, const void* scores, void* positions) {
-  return fl::positions("soft_positions", p, scores, nullptr, positions);
+  return fl::positions("soft_positions", p, scores, nullptr, positions, false);
 }
 
 int fl_soft_positions_backward(const fl_pairs* p, const void* scores, const void* upstream, void* dscores) {
-  if (!upstream) return fl::fail("soft_positions_backward: no upstream gradients");
-  return fl::positions("soft_positions_backward", p, scores, upstream, dscores);
+  return fl::positions("soft_positions_backward", p, scores, upstream, dscores, true);
 }
 
 }  // extern "C"

@@ -4,7 +4,8 @@
 ``fusedloss::soft_positions``  1 + Σ_{j ≠ i} 1 / (1 + e^{σ (s_i − s_j)}), and ``soft_positions_backward``
 
 Weights of pairs are constants: no gradient flows through ranks. Upstream of a list's loss there is one number, so the
-gradient comes with the loss and is kept. Second derivatives are right: they run through plain PyTorch.
+gradient comes with the loss and is kept. Second derivatives are right, by plain PyTorch (``…_curvature``); third ones
+are an error.
 """
 
 from __future__ import annotations
@@ -32,6 +33,15 @@ torch.library.define("fusedloss::soft_positions", "(Tensor scores, Tensor? mask,
 torch.library.define(
     "fusedloss::soft_positions_backward",
     "(Tensor scores, Tensor upstream, Tensor? mask, Tensor? offsets, float sigma) -> Tensor",
+)
+torch.library.define(
+    "fusedloss::pair_curvature",
+    "(Tensor scores, Tensor relevance, Tensor along, Tensor? mask, Tensor? offsets, str function, str weight, float sigma, "
+    "float mu, float scale, int k) -> Tensor",
+)
+torch.library.define(
+    "fusedloss::soft_positions_curvature",
+    "(Tensor scores, Tensor upstream, Tensor along, Tensor? mask, Tensor? offsets, float sigma) -> Tensor",
 )
 _op = torch.ops.fusedloss
 
@@ -91,13 +101,9 @@ def _setup_losses(ctx, inputs, output):
 def _losses_formula(ctx, upstream, along, _pairs):
     """`along` comes to the gradient, where that is differentiated."""
     scores, relevance, mask, offsets, gradient = ctx.saved_tensors
-    function, weight, sigma, mu, scale, k = ctx.options
-    lists = _lists(scores, mask, offsets)
-    found = None if upstream is None else lists.spread(upstream) * gradient
+    found = None if upstream is None else _lists(scores, mask, offsets).spread(upstream) * gradient
     if along is not None:
-        items = pairs_torch.weighted(lists, scores.detach(), relevance, weight, mu, k)
-        items = pairs_torch.replace(items, scores=scores)
-        bent = pairs_torch.pair_curvature(lists, items, function, sigma, scale, along)
+        bent = _op.pair_curvature(scores, relevance, along, mask, offsets, *ctx.options)
         found = bent if found is None else found + bent
     return found, *[None] * 9
 
@@ -170,16 +176,6 @@ def _soft_positions_backward(scores, upstream, mask, offsets, sigma):
         return pairs_torch.soft_positions_backward(lists, scores, upstream, sigma)
 
 
-@torch.library.register_fake("fusedloss::soft_positions")
-def _(scores, mask, offsets, sigma):
-    return torch.empty_like(scores, memory_format=torch.contiguous_format)
-
-
-@torch.library.register_fake("fusedloss::soft_positions_backward")
-def _(scores, upstream, mask, offsets, sigma):
-    return torch.empty_like(scores, memory_format=torch.contiguous_format)
-
-
 def _setup_positions(ctx, inputs, output):
     *tensors, ctx.sigma = inputs
     ctx.save_for_backward(*tensors)
@@ -192,8 +188,7 @@ def _positions_formula(ctx, upstream):
 
 def _positions_backward_formula(ctx, along):
     scores, upstream, mask, offsets = ctx.saved_tensors
-    lists = _lists(scores, mask, offsets)
-    bent = pairs_torch.soft_positions_curvature(lists, scores, upstream, along, ctx.sigma)
+    bent = _op.soft_positions_curvature(scores, upstream, along, mask, offsets, ctx.sigma)
     # Symmetric in what comes from above and what it is asked along.
     return bent, _op.soft_positions_backward(scores, along, mask, offsets, ctx.sigma), None, None, None
 
@@ -202,6 +197,38 @@ torch.library.register_autograd("fusedloss::soft_positions", _positions_formula,
 torch.library.register_autograd(
     "fusedloss::soft_positions_backward", _positions_backward_formula, setup_context=_setup_positions
 )
+
+
+# --- second derivatives ----------------------------------------------------------------------------------------------
+
+
+@torch.library.impl("fusedloss::pair_curvature", "CompositeExplicitAutograd")
+def _pair_curvature(scores, relevance, along, mask, offsets, function, weight, sigma, mu, scale, k):
+    with torch.no_grad():
+        lists, scores = _lists(scores, mask, offsets), scores.contiguous()
+        items = pairs_torch.weighted(lists, scores, relevance, weight, mu, k)
+        return pairs_torch.pair_curvature(lists, items, function, sigma, scale, along.contiguous())
+
+
+@torch.library.impl("fusedloss::soft_positions_curvature", "CompositeExplicitAutograd")
+def _soft_positions_curvature(scores, upstream, along, mask, offsets, sigma):
+    with torch.no_grad():
+        given = (t.contiguous() for t in (scores, upstream, along))
+        return pairs_torch.soft_positions_curvature(_lists(scores, mask, offsets), *given, sigma)
+
+
+def _like_scores(scores, *_):
+    return torch.empty_like(scores, memory_format=torch.contiguous_format)
+
+
+def _no_third_derivative(ctx, _):
+    raise NotImplementedError("fusedloss.ranking: third derivatives of losses over pairs are not implemented")
+
+
+for _name in ("soft_positions", "soft_positions_backward", "soft_positions_curvature", "pair_curvature"):
+    torch.library.register_fake(f"fusedloss::{_name}", _like_scores)
+for _name in ("soft_positions_curvature", "pair_curvature"):
+    torch.library.register_autograd(f"fusedloss::{_name}", _no_third_derivative)
 
 
 def soft_positions(lists: Lists, scores: Tensor, sigma: float) -> Tensor:

@@ -177,7 +177,7 @@ def replace_mask(lists: Lists) -> Lists:
 
 
 def pair_curvature(lists: Lists, items: Items, function: str, sigma: float, scale: float, v: Tensor) -> Tensor:
-    """The second derivative of each list's loss in the scores, times v; differentiable."""
+    """The second derivative of each list's loss in the scores, times v."""
     bent, found = FUNCTIONS[function][2], []
     for view in pieces(lists, items.scores.shape[-1]):
         u = view(v)
@@ -220,7 +220,7 @@ def soft_positions_backward(lists: Lists, scores: Tensor, upstream: Tensor, sigm
 
 
 def soft_positions_curvature(lists: Lists, scores: Tensor, upstream: Tensor, v: Tensor, sigma: float) -> Tensor:
-    """The derivative in the scores of v · soft_positions_backward(upstream); differentiable."""
+    """The derivative in the scores of v · soft_positions_backward(upstream)."""
 
     def term(x, view, i):
         c, u = view(upstream), view(v)
