@@ -32,6 +32,9 @@ REGISTERS = {
     "fold": 136,
     "settle": 40,
     "segments": 80,
+    # Sums over pairs.
+    "pair_sums": 128,
+    "position_sums": 96,
 }
 SEVERAL_REGISTERS = {"visit": 168}  # several targets of a row at a time, their losses in float64
 PLAIN_REGISTERS = {"statistics": 112, "gradient": 96}  # where raw scores are the scores
@@ -50,7 +53,8 @@ MOST_SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx
 MATRIX = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "mfma"}
 PRODUCTS = {"linear_statistics", "linear_gradient"}
 FACTORED = {"visit", "backward", "prepare", "column_sums", "grams", "state", "fold", "settle", "segments"}
-KERNELS = PRODUCTS | FACTORED | {"statistics", "merge_parts", "gradient", "gradient_of_exponentials", "derivatives"}
+PAIRS = {"pair_sums", "position_sums"}
+KERNELS = PRODUCTS | FACTORED | PAIRS | {"statistics", "merge_parts", "gradient", "gradient_of_exponentials", "derivatives"}
 
 
 @pytest.mark.parametrize("target", MATRIX)
