@@ -33,8 +33,8 @@ REGISTERS = {
     "settle": 40,
     "segments": 80,
     # Sums over pairs.
-    "pair_sums": 128,
-    "position_sums": 96,
+    "pair_sums": 112,
+    "position_sums": 72,
 }
 SEVERAL_REGISTERS = {"visit": 168}  # several targets of a row at a time, their losses in float64
 PLAIN_REGISTERS = {"statistics": 112, "gradient": 96}  # where raw scores are the scores

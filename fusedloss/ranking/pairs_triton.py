@@ -10,7 +10,7 @@ from ..kernels import pairwise as kernels
 from ..lists import Lists
 from .pairs_torch import Items
 
-BLOCK, PARTNERS = 32, 64  # pairs in registers of one program
+BLOCK, PARTNERS = 16, 32  # pairs in registers of one program: four to a thread
 FUNCTIONS = {"softplus": kernels.SOFTPLUS.value, "logistic": kernels.LOGISTIC.value}
 
 
