@@ -5,13 +5,16 @@
 
 Weights of pairs are constants: no gradient flows through ranks. Upstream of a list's loss there is one number, so the
 gradient comes with the loss and is kept. Second derivatives are right, by plain PyTorch (``…_curvature``); third ones
-are an error.
+are an error. Outside of torch.compile the same functions run in `torch.autograd.Function`s, whose calls cost half as much.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..backends.native import _native
 from ..checks import check_constant, expect
@@ -43,7 +46,22 @@ torch.library.define(
     "fusedloss::soft_positions_curvature",
     "(Tensor scores, Tensor upstream, Tensor along, Tensor? mask, Tensor? offsets, float sigma) -> Tensor",
 )
-_op = torch.ops.fusedloss
+
+
+def _operator(name: str, forward: Callable, setup: Callable, backward: Callable) -> Callable:
+    """Registers an operator; what is returned calls it where somebody traces, and its functions otherwise."""
+    torch.library.impl(f"fusedloss::{name}", "CompositeExplicitAutograd", forward)
+    torch.library.register_autograd(f"fusedloss::{name}", backward, setup_context=setup)
+    static = dict(forward=forward, setup_context=setup, backward=backward)
+    eager = type(name, (torch.autograd.Function,), {key: staticmethod(value) for key, value in static.items()})
+    op = getattr(torch.ops.fusedloss, name)
+
+    def call(*inputs):
+        traced = torch.compiler.is_compiling() or type(inputs[0]) is not Tensor or _get_current_dispatch_mode() is not None
+        return op(*inputs) if traced else eager.apply(*inputs)
+
+    return call
+
 
 
 def _lists(scores: Tensor, mask: Tensor | None, offsets: Tensor | None) -> Lists:
@@ -64,7 +82,6 @@ def _native_pairs(scores: Tensor, mask: Tensor | None, offsets: Tensor | None, s
 # --- losses of pairs -------------------------------------------------------------------------------------------------
 
 
-@torch.library.impl("fusedloss::pair_losses", "CompositeExplicitAutograd")
 def _pair_losses(scores, relevance, mask, offsets, function, weight, sigma, mu, scale, k):
     with torch.no_grad():
         scores, relevance = scores.contiguous(), relevance.contiguous()
@@ -103,12 +120,12 @@ def _losses_formula(ctx, upstream, along, _pairs):
     scores, relevance, mask, offsets, gradient = ctx.saved_tensors
     found = None if upstream is None else _lists(scores, mask, offsets).spread(upstream) * gradient
     if along is not None:
-        bent = _op.pair_curvature(scores, relevance, along, mask, offsets, *ctx.options)
+        bent = _run_pair_curvature(scores, relevance, along, mask, offsets, *ctx.options)
         found = bent if found is None else found + bent
     return found, *[None] * 9
 
 
-torch.library.register_autograd("fusedloss::pair_losses", _losses_formula, setup_context=_setup_losses)
+_run_pair_losses = _operator("pair_losses", _pair_losses, _setup_losses, _losses_formula)
 
 
 def pair_losses(
@@ -132,7 +149,7 @@ def pair_losses(
     expect(normalization in NORMALIZATIONS, name, "normalization", f"one of {NORMALIZATIONS}", normalization)
     expect(k is None or (isinstance(k, int) and k >= 1), name, "k", "None or an integer from 1", k)
     given = relevance.detach(), lists.mask, lists.offsets, function, weight, float(sigma), float(mu), float(scale), k or 0
-    losses, _, pairs = _op.pair_losses(scores, *given)
+    losses, _, pairs = _run_pair_losses(scores, *given)
     if normalization is None:
         return losses
     pairs = pairs if normalization == "pairs" else pairs.sum()
@@ -142,7 +159,6 @@ def pair_losses(
 # --- soft positions --------------------------------------------------------------------------------------------------
 
 
-@torch.library.impl("fusedloss::soft_positions", "CompositeExplicitAutograd")
 def _soft_positions(scores, mask, offsets, sigma):
     with torch.no_grad():
         scores, which = scores.contiguous(), _engine(scores)
@@ -159,7 +175,6 @@ def _soft_positions(scores, mask, offsets, sigma):
         return pairs_torch.soft_positions(lists, scores, sigma)
 
 
-@torch.library.impl("fusedloss::soft_positions_backward", "CompositeExplicitAutograd")
 def _soft_positions_backward(scores, upstream, mask, offsets, sigma):
     with torch.no_grad():
         scores, upstream, which = scores.contiguous(), upstream.contiguous(), _engine(scores)
@@ -183,26 +198,25 @@ def _setup_positions(ctx, inputs, output):
 
 def _positions_formula(ctx, upstream):
     scores, mask, offsets = ctx.saved_tensors
-    return _op.soft_positions_backward(scores, upstream, mask, offsets, ctx.sigma), None, None, None
+    return _run_positions_backward(scores, upstream, mask, offsets, ctx.sigma), None, None, None
 
 
 def _positions_backward_formula(ctx, along):
     scores, upstream, mask, offsets = ctx.saved_tensors
-    bent = _op.soft_positions_curvature(scores, upstream, along, mask, offsets, ctx.sigma)
+    bent = _run_positions_curvature(scores, upstream, along, mask, offsets, ctx.sigma)
     # Symmetric in what comes from above and what it is asked along.
-    return bent, _op.soft_positions_backward(scores, along, mask, offsets, ctx.sigma), None, None, None
+    return bent, _run_positions_backward(scores, along, mask, offsets, ctx.sigma), None, None, None
 
 
-torch.library.register_autograd("fusedloss::soft_positions", _positions_formula, setup_context=_setup_positions)
-torch.library.register_autograd(
-    "fusedloss::soft_positions_backward", _positions_backward_formula, setup_context=_setup_positions
+_run_positions_backward = _operator(
+    "soft_positions_backward", _soft_positions_backward, _setup_positions, _positions_backward_formula
 )
+_run_positions = _operator("soft_positions", _soft_positions, _setup_positions, _positions_formula)
 
 
 # --- second derivatives ----------------------------------------------------------------------------------------------
 
 
-@torch.library.impl("fusedloss::pair_curvature", "CompositeExplicitAutograd")
 def _pair_curvature(scores, relevance, along, mask, offsets, function, weight, sigma, mu, scale, k):
     with torch.no_grad():
         lists, scores = _lists(scores, mask, offsets), scores.contiguous()
@@ -210,7 +224,6 @@ def _pair_curvature(scores, relevance, along, mask, offsets, function, weight, s
         return pairs_torch.pair_curvature(lists, items, function, sigma, scale, along.contiguous())
 
 
-@torch.library.impl("fusedloss::soft_positions_curvature", "CompositeExplicitAutograd")
 def _soft_positions_curvature(scores, upstream, along, mask, offsets, sigma):
     with torch.no_grad():
         given = (t.contiguous() for t in (scores, upstream, along))
@@ -221,16 +234,22 @@ def _like_scores(scores, *_):
     return torch.empty_like(scores, memory_format=torch.contiguous_format)
 
 
+def _setup_nothing(ctx, inputs, output):
+    pass
+
+
 def _no_third_derivative(ctx, _):
     raise NotImplementedError("fusedloss.ranking: third derivatives of losses over pairs are not implemented")
 
 
 for _name in ("soft_positions", "soft_positions_backward", "soft_positions_curvature", "pair_curvature"):
     torch.library.register_fake(f"fusedloss::{_name}", _like_scores)
-for _name in ("soft_positions_curvature", "pair_curvature"):
-    torch.library.register_autograd(f"fusedloss::{_name}", _no_third_derivative)
+_run_pair_curvature = _operator("pair_curvature", _pair_curvature, _setup_nothing, _no_third_derivative)
+_run_positions_curvature = _operator(
+    "soft_positions_curvature", _soft_positions_curvature, _setup_nothing, _no_third_derivative
+)
 
 
 def soft_positions(lists: Lists, scores: Tensor, sigma: float) -> Tensor:
     """p_i = 1 + Σ_{j ≠ i} 1 / (1 + e^{σ (s_i − s_j)}) of each item, 0 of padding; O(n) memory."""
-    return _op.soft_positions(scores, lists.mask, lists.offsets, float(sigma))
+    return _run_positions(scores, lists.mask, lists.offsets, float(sigma))
