@@ -253,7 +253,8 @@ struct Positions {
 
 int check_pairs(const char* name, const fl_pairs* p) {
   if (!p) return fail("%s: no arguments", name);
-  if (p->lists.rows < 0 || p->lists.width < 0) return fail("%s: %lld lists of %lld items", name, (long long)p->lists.rows, (long long)p->lists.width);
+  if (p->lists.rows < 0 || p->lists.width < 0)
+    return fail("%s: %lld lists of %lld items", name, (long long)p->lists.rows, (long long)p->lists.width);
   if (p->dtype != FL_F32 && p->dtype != FL_F64) return fail("%s: dtype %d is not fp32 or fp64", name, p->dtype);
   for (int64_t row = 0; row < p->lists.rows; ++row) {
     const int64_t n = count_items(p->lists, row);
@@ -294,7 +295,8 @@ int fl_pair_losses(const fl_pairs* p, const void* scores, const void* relevance,
   if (int status = fl::check_pairs("pair_losses", p)) return status;
   if (p->function < FL_PAIR_SOFTPLUS || p->function > FL_PAIR_LOGISTIC)
     return fl::fail("pair_losses: function %d is unknown", p->function);
-  if (p->weight < FL_PAIR_ONE || p->weight > FL_PAIR_NDCG2PP) return fl::fail("pair_losses: weight %d is unknown", p->weight);
+  if (p->weight < FL_PAIR_ONE || p->weight > FL_PAIR_NDCG2PP)
+    return fl::fail("pair_losses: weight %d is unknown", p->weight);
   if (p->function == FL_PAIR_LOGISTIC && p->weight != FL_PAIR_ONE)
     return fl::fail("pair_losses: the logistic function takes no weights");
   return fl::guarded("pair_losses", [&] {

@@ -35,8 +35,8 @@ typedef struct {
   int64_t k;                   // only items of rank <= k take part; 0: all
 } fl_pairs;
 
-// Of each list, losses = scale sum of w_ij f(sigma (s_i - s_j)) over pairs with r_i > r_j, its gradient in the scores (one
-// number per item, the weights being constants), and the number of pairs.
+// Of each list, losses = scale sum of w_ij f(sigma (s_i - s_j)) over pairs with r_i > r_j, its gradient in the scores
+// (one number per item, the weights being constants), and the number of pairs.
 int fl_pair_losses(const fl_pairs* p, const void* scores, const void* relevance, void* losses, void* gradient,
                    int64_t* pairs);
 

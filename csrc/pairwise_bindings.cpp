@@ -39,7 +39,8 @@ void add_pairwise(py::module_& m) {
   py::class_<P>(m, "Pairs").def(py::init(&make), py::arg("rows"), py::arg("width"), py::arg("offsets"), py::arg("mask"),
                                 py::arg("dtype"), py::arg("sigma"), py::arg("function") = 0, py::arg("weight") = 0,
                                 py::arg("mu") = 0.0, py::arg("scale") = 1.0, py::arg("k") = 0);
-  m.def("pair_losses", [](const P& p, Address scores, Address relevance, Address losses, Address gradient, Address pairs) {
+  m.def("pair_losses", [](const P& p, Address scores, Address relevance, Address losses, Address gradient,
+                          Address pairs) {
     released([&] {
       return fl_pair_losses(&p, pointer<void>(scores), pointer<void>(relevance), pointer<void>(losses),
                             pointer<void>(gradient), pointer<int64_t>(pairs));

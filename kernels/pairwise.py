@@ -1,8 +1,8 @@
 """Sums over the pairs of a list: csrc/pairwise.h on a device.
 
 A program has some consecutive items, of one list or of several, and walks over all partners of each: a pair is computed
-once for either item, and nothing is added across programs. Which items are whose partners, and what weights are made of,
-come as one number per item. Not run on a GPU so far.
+once for either item, and nothing is added across programs. Which items are whose partners, and what weights are made
+of, come as one number per item. Not run on a GPU so far.
 """
 
 import triton

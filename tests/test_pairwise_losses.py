@@ -20,19 +20,31 @@ CASES = [(name, case) for name, module in MODULES.items() for case in module.CAS
 IDS = [f"{name}-{case}" for name, case in CASES]
 # What allRank (the first eight), TensorFlow Ranking and lightning-ir give for two lists of five.
 GOLDEN = (
-    ("ranknet_loss", dict(normalization="batch", reduction="sum"), 0.724939816, [-0.02439929, 0.044620521, 0.068134026, -0.114189891, 0.025834634]),
-    ("lambda_loss", dict(weighting=None, reduction="sum"), 17.779740321, [-0.598412496, 1.094354669, 1.671042576, -2.800600222, 0.633615473]),
-    ("lambda_loss", dict(weighting="ndcg1", reduction="sum"), 7.064812032, [-0.02226283, 0.286821088, 0.461752663, -0.895457681, 0.16914676]),
-    ("lambda_loss", dict(weighting="ndcg2", reduction="sum"), 1.577488718, [0.048343403, 0.157320295, 0.16152469, -0.402427885, 0.035239498]),
-    ("lambda_loss", dict(weighting="lambdarank", reduction="sum"), 2.422295979, [-0.062128459, 0.062962787, 0.397572172, -0.448246877, 0.049840376]),
-    ("lambda_loss", dict(weighting="ndcg2pp", reduction="sum"), 18.19718316, [0.421305566, 1.636165735, 2.012819069, -4.472525727, 0.402235357]),
-    ("lambda_loss", dict(k=3, base=math.e, normalization="batch", reduction="sum"), 0.953560725, [0.090980575, 0.0, 0.28505054, -0.376031115, 0.0]),
-    ("approx_ndcg_loss", {}, -0.608346507, [-0.00570009, 0.013552545, 0.004028968, -0.021268904, 0.009387481]),
-    ("approx_ndcg_loss", dict(alpha=10.0), -0.665715299, [0.000401575, 0.000835974, -0.000192277, -0.001046038, 7.66e-07]),
-    ("adr_mse_loss", {}, 1.590377491, [0.010137682, 0.098524749, 0.147533157, -0.346001654, 0.089806066]),
-    ("adr_mse_loss", dict(discount="reciprocal"), 1.473549223, [0.033762329, 0.096070309, 0.125205124, -0.332942908, 0.077905145]),
-    ("adr_mse_loss", dict(discount=None), 1.960646078, [-0.060639068, 0.105511593, 0.213144477, -0.387538008, 0.129521007]),
-)
+    ("ranknet_loss", dict(normalization="batch", reduction="sum"), 0.724939816,
+     [-0.02439929, 0.044620521, 0.068134026, -0.114189891, 0.025834634]),
+    ("lambda_loss", dict(weighting=None, reduction="sum"), 17.779740321,
+     [-0.598412496, 1.094354669, 1.671042576, -2.800600222, 0.633615473]),
+    ("lambda_loss", dict(weighting="ndcg1", reduction="sum"), 7.064812032,
+     [-0.02226283, 0.286821088, 0.461752663, -0.895457681, 0.16914676]),
+    ("lambda_loss", dict(weighting="ndcg2", reduction="sum"), 1.577488718,
+     [0.048343403, 0.157320295, 0.16152469, -0.402427885, 0.035239498]),
+    ("lambda_loss", dict(weighting="lambdarank", reduction="sum"), 2.422295979,
+     [-0.062128459, 0.062962787, 0.397572172, -0.448246877, 0.049840376]),
+    ("lambda_loss", dict(weighting="ndcg2pp", reduction="sum"), 18.19718316,
+     [0.421305566, 1.636165735, 2.012819069, -4.472525727, 0.402235357]),
+    ("lambda_loss", dict(k=3, base=math.e, normalization="batch", reduction="sum"), 0.953560725,
+     [0.090980575, 0.0, 0.28505054, -0.376031115, 0.0]),
+    ("approx_ndcg_loss", {}, -0.608346507,
+     [-0.00570009, 0.013552545, 0.004028968, -0.021268904, 0.009387481]),
+    ("approx_ndcg_loss", dict(alpha=10.0), -0.665715299,
+     [0.000401575, 0.000835974, -0.000192277, -0.001046038, 7.66e-07]),
+    ("adr_mse_loss", {}, 1.590377491,
+     [0.010137682, 0.098524749, 0.147533157, -0.346001654, 0.089806066]),
+    ("adr_mse_loss", dict(discount="reciprocal"), 1.473549223,
+     [0.033762329, 0.096070309, 0.125205124, -0.332942908, 0.077905145]),
+    ("adr_mse_loss", dict(discount=None), 1.960646078,
+     [-0.060639068, 0.105511593, 0.213144477, -0.387538008, 0.129521007]),
+)  # fmt: skip
 TOLERANCE = {F32: 3e-6, F64: 1e-12}
 
 
@@ -100,7 +112,8 @@ def test_masks_and_offsets_are_single_lists(backend, name, case):
     """Padding holds NaN; lists of lengths 5, 0, 1, 40, 2."""
     lengths, dtype = [5, 0, 1, 40, 2], F32 if backend == "triton" else F64
     scores, relevance = batch(5, 40, dtype)
-    wanted, slopes = truth(name, [s[:n] for s, n in zip(scores, lengths)], [r[:n] for r, n in zip(relevance, lengths)], **case)
+    single = ([x[:n] for x, n in zip(part, lengths)] for part in (scores, relevance))
+    wanted, slopes = truth(name, *single, **case)
     mask = torch.arange(40) < torch.tensor(lengths)[:, None]
     spread = torch.stack([torch.randperm(40) for _ in lengths])  # the same lists, padding in between
     place = spread.sort(1).indices  # items keep their order where they count
@@ -295,7 +308,8 @@ def test_short_and_long_lists_by_any_number_of_threads():
     g = torch.Generator().manual_seed(1)
     lengths = [1500, 3, 700, 0, 1100, 64, 1]
     offsets = torch.tensor([0, *lengths]).cumsum(0)
-    scores, relevance = torch.randn(sum(lengths), generator=g), torch.randint(0, 3, (sum(lengths),), generator=g).float()
+    items = (sum(lengths),)
+    scores, relevance = torch.randn(items, generator=g), torch.randint(0, 3, items, generator=g).float()
     scores.requires_grad_()
     threads = torch.get_num_threads()
     for name in NAMES:

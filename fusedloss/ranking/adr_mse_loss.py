@@ -22,8 +22,9 @@ def adr_mse_loss(lists, scores, relevance, *, temperature: float = 1.0, discount
     the mask.
 
     Ferdinand Schlatt, Maik Fröbe, Harrisen Scells, Shengyao Zhuang, Bevan Koopman, Guido Zuccon, Benno Stein, Martin
-    Potthast and Matthias Hagen, "Rank-DistiLLM: Closing the Effectiveness Gap Between Cross-Encoders and LLMs for Passage
-    Re-Ranking", 2024, arXiv 2405.07920; as in lightning-ir's ApproxRankMSE, but each list is divided by its own length.
+    Potthast and Matthias Hagen, "Rank-DistiLLM: Closing the Effectiveness Gap Between Cross-Encoders and LLMs for
+    Passage Re-Ranking", 2024, arXiv 2405.07920; as in lightning-ir's ApproxRankMSE, but each list is divided by its
+    own length.
     """
     check_constant("adr_mse_loss", "temperature", temperature, 0.0, above=True)
     expect(discount in DISCOUNTS, "adr_mse_loss", "discount", f"one of {tuple(DISCOUNTS)}", discount)

@@ -13,17 +13,17 @@ from .pairs_torch import ranks
 
 @list_loss
 def approx_ndcg_loss(lists, scores, relevance, *, alpha: float = 1.0, powered: bool = True):
-    """ApproxNDCG: L = −Σ_i G_i / log2(1 + p_i) / Σ_i G_i / log2(1 + ρ_i),  p_i = 1 + Σ_{j ≠ i} 1 / (1 + e^{α (s_i − s_j)}).
+    """ApproxNDCG: L = −(Σ_i G_i / log2(1 + p_i)) / (Σ_i G_i / log2(1 + ρ_i)).
 
-    p is the soft position, ρ the rank by relevance; G = 2^r − 1, or r with powered=False. alpha is the inverse of the
+    p_i = 1 + Σ_{j ≠ i} 1 / (1 + e^{α (s_i − s_j)}) is the soft position, ρ the rank by relevance; G = 2^r − 1, or r with powered=False. alpha is the inverse of the
     temperature: 1 in allRank, 10 (temperature 0.1) in TensorFlow Ranking. A list without gains has loss 0 and counts in
     the mean, as in allRank; TensorFlow Ranking leaves it out (``list_weight``, ``reduction="sum"``). Any relevance is
-    safe: gains are scaled by 2^−max(r) before they can overflow. O(n) memory; two passes over the pairs of a list, one of
-    them for the gradient. Scores must be finite; padding belongs into the mask.
+    safe: gains are scaled by 2^−max(r) before they can overflow. O(n) memory; two passes over the pairs of a list,
+    one of them for the gradient. Scores must be finite; padding belongs into the mask.
 
-    Tao Qin, Tie-Yan Liu and Hang Li, "A General Approximation Framework for Direct Optimization of Information Retrieval
-    Measures", Information Retrieval 13, 2010; Sebastian Bruch, Masrour Zoghi, Michael Bendersky and Marc Najork,
-    "Revisiting Approximate Metric Optimization in the Age of Deep Neural Networks", SIGIR 2019.
+    Tao Qin, Tie-Yan Liu and Hang Li, "A General Approximation Framework for Direct Optimization of Information
+    Retrieval Measures", Information Retrieval 13, 2010; Sebastian Bruch, Masrour Zoghi, Michael Bendersky and Marc
+    Najork, "Revisiting Approximate Metric Optimization in the Age of Deep Neural Networks", SIGIR 2019.
     """
     check_constant("approx_ndcg_loss", "alpha", alpha, 0.0, above=True)
     gain = relevance

@@ -13,16 +13,16 @@ from .pairs import pair_losses
 def kendall_loss(lists, scores, relevance, *, temperature: float = 1.0):
     """Soft Kendall: L = 1 − τ,  τ = Σ_{r_i > r_j} tanh((s_i − s_j) / T) / P, P the number of pairs with r_i > r_j.
 
-    As T → 0, τ is the share of pairs in the right order less that in the wrong one. Pairs of equal relevance do not count,
-    pairs of equal scores count 0: where relevance has no ties that is Kendall's τ_a (and τ_b, if scores have none either);
-    where it has, Somers' D of the scores given the relevance, which a perfect order still takes to 1, as τ_a and τ_b do
-    not. A list without pairs has loss 0. Each 1 − tanh is computed as 2 / (1 + e^{2 (s_i − s_j) / T}), which does not
-    cancel. Every pair is computed once, with its gradient, in O(n) memory.
+    As T → 0, τ is the share of pairs in the right order less that in the wrong one. Pairs of equal relevance do not
+    count, pairs of equal scores count 0: where relevance has no ties that is Kendall's τ_a (and τ_b, if scores have
+    none either); where it has, Somers' D of the scores given the relevance, which a perfect order still takes to 1,
+    as τ_a and τ_b do not. A list without pairs has loss 0. Each 1 − tanh is computed as 2 / (1 + e^{2 (s_i − s_j) /
+    T}), which does not cancel. Every pair is computed once, with its gradient, in O(n) memory.
 
-    M. G. Kendall, "A New Measure of Rank Correlation", Biometrika 30, 1938; Robert H. Somers, "A New Asymmetric Measure of
-    Association for Ordinal Variables", American Sociological Review 27, 1962. The soft sign is that of the pairwise
-    surrogates of Tao Qin, Tie-Yan Liu and Hang Li, "A General Approximation Framework for Direct Optimization of
-    Information Retrieval Measures", Information Retrieval 13, 2010.
+    M. G. Kendall, "A New Measure of Rank Correlation", Biometrika 30, 1938; Robert H. Somers, "A New Asymmetric
+    Measure of Association for Ordinal Variables", American Sociological Review 27, 1962. tanh is 2 / (1 + e^{−2x}) − 1,
+    the smooth order of a pair of Tao Qin, Tie-Yan Liu and Hang Li, "A General Approximation Framework for Direct
+    Optimization of Information Retrieval Measures", Information Retrieval 13, 2010.
     """
     check_constant("kendall_loss", "temperature", temperature, 0.0, above=True)
     options = dict(function="logistic", sigma=2 / temperature, scale=2.0, normalization="pairs")

@@ -30,22 +30,24 @@ def lambda_loss(
 ):
     """LambdaLoss: L = Σ_{r_i > r_j} w_ij log(1 + e^{−σ (s_i − s_j)}) / log(base).
 
-    With ρ the rank by falling score (ties in order of position), A(ρ) = 1 / log2(1 + ρ), G = (2^r − 1) / ideal DCG@k and
-    δ_ij = A(|ρ_i − ρ_j|) − A(|ρ_i − ρ_j| + 1), weighting is
+    With ρ the rank by falling score (ties in order of position), A(ρ) = 1 / log2(1 + ρ), G = (2^r − 1) / ideal DCG@k
+    and δ_ij = A(|ρ_i − ρ_j|) − A(|ρ_i − ρ_j| + 1), weighting is
       "ndcg2pp"      w = |G_i − G_j| (μ δ_ij + |A(ρ_i) − A(ρ_j)|)    NDCG-Loss2++
       "ndcg2"        w = |G_i − G_j| δ_ij                           NDCG-Loss2
       "lambdarank"   w = |G_i − G_j| |A(ρ_i) − A(ρ_j)|
       "ndcg1"        w = G_i A(ρ_i), over all ordered pairs, i = j too    NDCG-Loss1
       None, "ranknet"    w = 1
-    k: only pairs of which both have rank ≤ k. Weights are constants. base: of the logarithm, math.e for the natural one.
-    normalization: None, the sum; "pairs", by the number of pairs of the list; "batch", of all lists. O(n) memory, every
-    pair computed once. Scores of −inf give what the formula gives (∞ or NaN); padding belongs into the mask.
+    k: only pairs of which both have rank ≤ k. Weights are constants. base: of the logarithm, math.e for the natural
+    one. normalization: None, the sum; "pairs", by the number of pairs of the list; "batch", of all lists. O(n)
+    memory, every pair computed once. Scores of −inf give what the formula gives (∞ or NaN); padding belongs into the
+    mask.
 
-    Xuanhui Wang, Cheng Li, Nadav Golbandi, Michael Bendersky and Marc Najork, "The LambdaLoss Framework for Ranking Metric
-    Optimization", CIKM 2018; Christopher Burges, Robert Ragno and Quoc Viet Le, "Learning to Rank with Nonsmooth Cost
-    Functions", NIPS 2006. allRank's lambdaLoss is ``reduction="sum"``, and its mean ``normalization="batch",
-    reduction="sum"``; it stops at a loss of 33 per pair, with gradient 0, where σ (s_i − s_j) < −23, and this form does not;
-    its default weighting is None, sentence-transformers' and ours "ndcg2pp". TF-Ranking takes the natural logarithm.
+    Xuanhui Wang, Cheng Li, Nadav Golbandi, Michael Bendersky and Marc Najork, "The LambdaLoss Framework for Ranking
+    Metric Optimization", CIKM 2018; Christopher Burges, Robert Ragno and Quoc Viet Le, "Learning to Rank with
+    Nonsmooth Cost Functions", NIPS 2006. allRank's lambdaLoss is ``reduction="sum"``, and its mean
+    ``normalization="batch", reduction="sum"``; it stops at a loss of 33 per pair, with gradient 0, where σ (s_i −
+    s_j) < −23, and this form does not; its default weighting is None, sentence-transformers' and ours "ndcg2pp".
+    TF-Ranking takes the natural logarithm.
     """
     expect(weighting in WEIGHTINGS, "lambda_loss", "weighting", f"one of {tuple(WEIGHTINGS)}", weighting)
     check_constant("lambda_loss", "base", base, 1.0, above=True)

@@ -1,11 +1,11 @@
 """Losses over the pairs of each list, and soft positions: opaque operators that keep O(n) numbers, and their autograd.
 
-``fusedloss::pair_losses``     Σ w_ij f(σ (s_i − s_j)) over pairs of relevance r_i > r_j, its gradient, the number of pairs
+``fusedloss::pair_losses``     Σ w_ij f(σ (s_i − s_j)) over pairs of relevance r_i > r_j, its gradient, how many pairs
 ``fusedloss::soft_positions``  1 + Σ_{j ≠ i} 1 / (1 + e^{σ (s_i − s_j)}), and ``soft_positions_backward``
 
 Weights of pairs are constants: no gradient flows through ranks. Upstream of a list's loss there is one number, so the
 gradient comes with the loss and is kept. Second derivatives are right, by plain PyTorch (``…_curvature``); third ones
-are an error. Outside of torch.compile the same functions run in `torch.autograd.Function`s, whose calls cost half as much.
+are an error. Outside of torch.compile the same functions run in `torch.autograd.Function`s, whose calls cost less.
 """
 
 from __future__ import annotations
@@ -32,15 +32,17 @@ torch.library.define(
     "(Tensor scores, Tensor relevance, Tensor? mask, Tensor? offsets, str function, str weight, float sigma, float mu, "
     "float scale, int k) -> (Tensor, Tensor, Tensor)",
 )
-torch.library.define("fusedloss::soft_positions", "(Tensor scores, Tensor? mask, Tensor? offsets, float sigma) -> Tensor")
+torch.library.define(
+    "fusedloss::soft_positions", "(Tensor scores, Tensor? mask, Tensor? offsets, float sigma) -> Tensor"
+)
 torch.library.define(
     "fusedloss::soft_positions_backward",
     "(Tensor scores, Tensor upstream, Tensor? mask, Tensor? offsets, float sigma) -> Tensor",
 )
 torch.library.define(
     "fusedloss::pair_curvature",
-    "(Tensor scores, Tensor relevance, Tensor along, Tensor? mask, Tensor? offsets, str function, str weight, float sigma, "
-    "float mu, float scale, int k) -> Tensor",
+    "(Tensor scores, Tensor relevance, Tensor along, Tensor? mask, Tensor? offsets, str function, str weight, "
+    "float sigma, float mu, float scale, int k) -> Tensor",
 )
 torch.library.define(
     "fusedloss::soft_positions_curvature",
@@ -57,8 +59,8 @@ def _operator(name: str, forward: Callable, setup: Callable, backward: Callable)
     op = getattr(torch.ops.fusedloss, name)
 
     def call(*inputs):
-        traced = torch.compiler.is_compiling() or type(inputs[0]) is not Tensor or _get_current_dispatch_mode() is not None
-        return op(*inputs) if traced else eager.apply(*inputs)
+        plain = type(inputs[0]) is Tensor and _get_current_dispatch_mode() is None
+        return eager.apply(*inputs) if plain and not torch.compiler.is_compiling() else op(*inputs)
 
     return call
 
@@ -148,8 +150,8 @@ def pair_losses(
     check_constant(name, "mu", mu)
     expect(normalization in NORMALIZATIONS, name, "normalization", f"one of {NORMALIZATIONS}", normalization)
     expect(k is None or (isinstance(k, int) and k >= 1), name, "k", "None or an integer from 1", k)
-    given = relevance.detach(), lists.mask, lists.offsets, function, weight, float(sigma), float(mu), float(scale), k or 0
-    losses, _, pairs = _run_pair_losses(scores, *given)
+    options = function, weight, float(sigma), float(mu), float(scale), k or 0
+    losses, _, pairs = _run_pair_losses(scores, relevance.detach(), lists.mask, lists.offsets, *options)
     if normalization is None:
         return losses
     pairs = pairs if normalization == "pairs" else pairs.sum()

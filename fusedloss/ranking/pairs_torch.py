@@ -5,6 +5,7 @@ Pairs are made for a few rows i at a time and forgotten: O(n) numbers beside a b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -77,7 +78,7 @@ def weighted(lists: Lists, scores: Tensor, relevance: Tensor, weight: str, mu: f
         return items
     if weight in ("difference", "squares"):
         return replace(items, a=relevance if weight == "difference" else relevance.square())
-    gain, at = torch.expm1(relevance.double() * 0.6931471805599453), 1 / (1 + rank.double()).log2()
+    gain, at = torch.expm1(relevance.double() * math.log(2)), 1 / (1 + rank.double()).log2()
     place = ranks(lists, relevance)
     best = gain / (1 + place.double()).log2()
     best = lists.sum(torch.where(place <= k, best, 0.0) if k else best)
@@ -135,17 +136,21 @@ def _pairs(items: Items, i: slice) -> tuple[Tensor, Tensor | None]:
     return there, weight if by is None else weight * by
 
 
-def _sums(items: Items, sigma: float, term: Callable[[Tensor, slice], Tensor]) -> tuple[Tensor, Tensor]:
-    """(Σ_j, Σ_i) of w_ij term(σ (s_i − s_j)), (rows, n) each, and with it the number of pairs that (rows, n) begin."""
+def _sums(items: Items, sigma: float, *terms: Callable[[Tensor, slice], Tensor]) -> tuple[list, Tensor]:
+    """(Σ_j, Σ_i) of w_ij term(σ (s_i − s_j)), (rows, n) each, for every term; and how many pairs each item begins."""
     rows, n = items.scores.shape
-    forward, backward = [], torch.zeros_like(items.scores)
+    own, others = [[] for _ in terms], [torch.zeros_like(items.scores) for _ in terms]
+    pairs = []
     for i in blocks(n, rows):
         there, weight = _pairs(items, i)
-        x = term((items.scores[:, i, None] - items.scores[:, None, :]) * sigma, i)
-        x = torch.where(there, x if weight is None else x * weight, 0.0)
-        forward.append(x.sum(2))
-        backward = backward + x.sum(1)
-    return torch.cat(forward, 1), backward
+        x = (items.scores[:, i, None] - items.scores[:, None, :]) * sigma
+        for k, term in enumerate(terms):
+            y = term(x, i)
+            y = torch.where(there, y if weight is None else y * weight, 0.0)
+            own[k].append(y.sum(2))
+            others[k] += y.sum(1)
+        pairs.append(there.sum(2))
+    return [(torch.cat(mine, 1), theirs) for mine, theirs in zip(own, others)], torch.cat(pairs, 1)
 
 
 def _joined(lists: Lists, like: Tensor, parts: list[Tensor]) -> Tensor:
@@ -159,21 +164,15 @@ def pair_losses(lists: Lists, items: Items, function: str, sigma: float, scale: 
     f, falling, _ = FUNCTIONS[function]
     losses, gradient, pairs = [], [], []
     for view in pieces(lists, items.scores.shape[-1]):
-        piece = items.cut(view)
-        losses.append(_sums(piece, sigma, lambda x, i: f(x))[0])
-        own, others = _sums(piece, sigma, lambda x, i: falling(x))
+        sums, begun = _sums(items.cut(view), sigma, lambda x, i: f(x), lambda x, i: falling(x))
+        (loss, _), (own, others) = sums
+        losses.append(loss)
         gradient.append((others - own) * (sigma * scale))
-        begun = [_pairs(piece, i)[0].sum(2) for i in blocks(*reversed(piece.scores.shape))]
-        pairs.append(torch.cat(begun, 1))
-    # Which items count is in the terms: the sum is over whole lists.
-    whole = replace_mask(lists)
+        pairs.append(begun)
+    whole = Lists(lists.shape, lists.dim, None, lists.offsets)  # what does not count is 0 already
     loss = whole.sum(_joined(lists, items.scores, losses).double() * scale).to(items.scores.dtype)
     number = whole.sum(_joined(lists, items.scores.long(), pairs))
     return loss, _joined(lists, items.scores, gradient), number
-
-
-def replace_mask(lists: Lists) -> Lists:
-    return Lists(lists.shape, lists.dim, None, lists.offsets)
 
 
 def pair_curvature(lists: Lists, items: Items, function: str, sigma: float, scale: float, v: Tensor) -> Tensor:
@@ -181,8 +180,8 @@ def pair_curvature(lists: Lists, items: Items, function: str, sigma: float, scal
     bent, found = FUNCTIONS[function][2], []
     for view in pieces(lists, items.scores.shape[-1]):
         u = view(v)
-        own, others = _sums(items.cut(view), sigma, lambda x, i: bent(x) * (u[:, i, None] - u[:, None, :]))
-        found.append((own - others) * (sigma * sigma * scale))
+        sums, _ = _sums(items.cut(view), sigma, lambda x, i, u=u: bent(x) * (u[:, i, None] - u[:, None, :]))
+        found.append((sums[0][0] - sums[0][1]) * (sigma * sigma * scale))
     return _joined(lists, items.scores, found)
 
 

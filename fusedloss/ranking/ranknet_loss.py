@@ -18,14 +18,15 @@ def ranknet_loss(
 ):
     """RankNet: L = Σ_{r_i > r_j} w_ij log(1 + e^{−σ (s_i − s_j)}) / P.
 
-    weighting: None, w = 1; "difference", |r_i − r_j|; "difference_of_squares", |r_i² − r_j²|. normalization: "pairs", P is
-    the number of pairs of the list; "batch", of all lists; None, P = 1. A list without pairs has loss 0 (the official code
-    divides 0 by 0). Every pair is computed once, with its gradient, in O(n) memory. Scores of −inf give what the formula
-    gives: ∞ where they are the more relevant, NaN between two of them; padding belongs into the mask.
+    weighting: None, w = 1; "difference", |r_i − r_j|; "difference_of_squares", |r_i² − r_j²|. normalization: "pairs",
+    P is the number of pairs of the list; "batch", of all lists; None, P = 1. A list without pairs has loss 0 (the
+    official code divides 0 by 0). Every pair is computed once, with its gradient, in O(n) memory. Scores of −inf give
+    what the formula gives: ∞ where they are the more relevant, NaN between two of them; padding belongs into the
+    mask.
 
-    Chris Burges, Tal Shaked, Erin Renshaw, Ari Lazier, Matt Deeds, Nicole Hamilton and Greg Hullender, "Learning to Rank
-    using Gradient Descent", ICML 2005. allRank's rankNet, with both weightings, is the mean over all pairs of the batch
-    without regard to lists: ``normalization="batch", reduction="sum"``. By default every list counts alike.
+    Chris Burges, Tal Shaked, Erin Renshaw, Ari Lazier, Matt Deeds, Nicole Hamilton and Greg Hullender, "Learning to
+    Rank using Gradient Descent", ICML 2005. allRank's rankNet, with both weightings, is the mean over all pairs of
+    the batch without regard to lists: ``normalization="batch", reduction="sum"``. By default every list counts alike.
     """
     expect(weighting in WEIGHTINGS, "ranknet_loss", "weighting", f"one of {tuple(WEIGHTINGS)}", weighting)
     options = dict(weight=WEIGHTINGS[weighting], sigma=sigma, normalization=normalization)
