@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from fusedloss import backends, ranking
 from fusedloss.lists import lists_of
@@ -266,6 +267,23 @@ def test_compiles_whole(name):
         got = compiled(s, r, **options)
         close(got, wanted.detach().double(), 1e-6)
         close(gradient(got, s), gradient(wanted, s).double(), 1e-6)
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("name", ["lambda_loss", "approx_ndcg_loss"])
+def test_few_compilations(name):
+    for by_offsets in (False, True):
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(getattr(ranking, name), fullgraph=True, backend=counter)
+        for n in (5, 7, 9, 12, 20, 33):
+            scores, relevance = batch(4, n, dtype=F32)
+            offsets = torch.arange(0, 4 * n + 1, 4) if by_offsets else None
+            if by_offsets:
+                scores, relevance = scores.flatten(), relevance.flatten()
+            scores.requires_grad_()
+            gradient(compiled(scores, relevance, offsets=offsets), scores)
+        assert counter.frame_count <= 2
 
 
 @pytest.mark.unpoisoned

@@ -15,7 +15,8 @@ from .pairs_torch import ranks
 def approx_ndcg_loss(lists, scores, relevance, *, alpha: float = 1.0, powered: bool = True):
     """ApproxNDCG: L = −(Σ_i G_i / log2(1 + p_i)) / (Σ_i G_i / log2(1 + ρ_i)).
 
-    p_i = 1 + Σ_{j ≠ i} 1 / (1 + e^{α (s_i − s_j)}) is the soft position, ρ the rank by relevance; G = 2^r − 1, or r with powered=False. alpha is the inverse of the
+    p_i = 1 + Σ_{j ≠ i} 1 / (1 + e^{α (s_i − s_j)}) is the soft position, ρ the rank by relevance; G = 2^r − 1, or r
+    with powered=False; both sums are over the whole list (no truncation). alpha is the inverse of the
     temperature: 1 in allRank, 10 (temperature 0.1) in TensorFlow Ranking. A list without gains has loss 0 and counts in
     the mean, as in allRank; TensorFlow Ranking leaves it out (``list_weight``, ``reduction="sum"``). Any relevance is
     safe: gains are scaled by 2^−max(r) before they can overflow. O(n) memory; two passes over the pairs of a list,

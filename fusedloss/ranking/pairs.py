@@ -59,8 +59,9 @@ def _operator(name: str, forward: Callable, setup: Callable, backward: Callable)
     op = getattr(torch.ops.fusedloss, name)
 
     def call(*inputs):
-        plain = type(inputs[0]) is Tensor and _get_current_dispatch_mode() is None
-        return eager.apply(*inputs) if plain and not torch.compiler.is_compiling() else op(*inputs)
+        if torch.compiler.is_compiling() or type(inputs[0]) is not Tensor or _get_current_dispatch_mode() is not None:
+            return op(*inputs)
+        return eager.apply(*inputs)
 
     return call
 
