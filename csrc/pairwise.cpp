@@ -184,6 +184,13 @@ struct Losses {
   void operator()(int64_t row, Walk<T>& w, bool threads) const {
     const int64_t n = count_items(p.lists, row), at = first_item(p.lists, row);
     const uint8_t* const mask = p.lists.mask ? p.lists.mask + at : nullptr;
+    bool ordered = true;
+    for (int64_t i = 0; i < n; ++i) ordered &= relevance[at + i] == relevance[at + i] || (mask && !mask[i]);
+    if (!ordered) {   // by NaN
+      losses[row] = T(NAN), pairs[row] = 0;
+      for (int64_t i = 0; i < n; ++i) gradient[at + i] = mask && !mask[i] ? T(0) : T(NAN);
+      return;
+    }
     choose(scores + at, relevance + at, mask, n, w);
     const PairForm form = weigh(relevance + at, mask, n, w);
     const PairItems<T> items = w.items(table, p.sigma);

@@ -37,6 +37,7 @@ typedef struct {
 
 // Of each list, losses = scale sum of w_ij f(sigma (s_i - s_j)) over pairs with r_i > r_j, its gradient in the scores
 // (one number per item, the weights being constants), and the number of pairs.
+// A relevance that is NaN makes its list's loss and gradient NaN.
 int fl_pair_losses(const fl_pairs* p, const void* scores, const void* relevance, void* losses, void* gradient,
                    int64_t* pairs);
 

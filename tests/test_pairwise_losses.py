@@ -192,6 +192,16 @@ def test_extreme_scores(backend):
     assert ranking.ranknet_loss(torch.tensor([0.0, -torch.inf]), torch.tensor([0.0, 1.0])) == torch.inf
 
 
+def test_nan_relevance_is_not_hidden(backend):
+    scores = torch.randn(2, 5, requires_grad=True)
+    relevance = torch.tensor([[0.0, 1.0, 2.0, torch.nan, 1.0], [0.0, 1.0, 2.0, 3.0, 1.0]])
+    for name in ("ranknet_loss", "lambda_loss", "kendall_loss"):
+        loss = getattr(ranking, name)(scores, relevance, reduction="none")
+        assert loss.isnan().tolist() == [True, False]
+        found = gradient(loss.sum(), scores)
+        assert found[0].isnan().all() and found[1].isfinite().all()
+
+
 def test_gains_of_any_relevance(backend):
     scores = torch.tensor([0.3, 0.1, -0.2], dtype=F32)
     wanted = truth("approx_ndcg_loss", [scores.double()], [torch.tensor([500.0, 499.0, 0.0], dtype=F64)])[0]

@@ -97,12 +97,13 @@ def _pair_losses(scores, relevance, mask, offsets, function, weight, sigma, mu, 
             tensors = (scores, relevance, losses, gradient, pairs)
             _native.pair_losses(given, *(t.data_ptr() for t in tensors))
             return losses, gradient, pairs
-        items = pairs_torch.weighted(lists, scores, relevance, weight, mu, k)
+        items, sums = pairs_torch.weighted(lists, scores, relevance, weight, mu, k), pairs_torch
         if which == "triton":
-            from . import pairs_triton
-
-            return pairs_triton.pair_losses(lists, items, function, sigma, scale)
-        return pairs_torch.pair_losses(lists, items, function, sigma, scale)
+            from . import pairs_triton as sums
+        losses, gradient, pairs = sums.pair_losses(lists, items, function, sigma, scale)
+        disorder = torch.where(relevance.isnan(), torch.nan, 0.0).to(scores.dtype)  # no pair is one of NaN
+        losses, at = losses + lists.sum(disorder), lists.spread(lists.sum(disorder))
+        return losses, gradient + (at if mask is None else torch.where(mask, at, 0.0)), pairs
 
 
 @torch.library.register_fake("fusedloss::pair_losses")
