@@ -34,6 +34,9 @@ REGISTERS = {
     "segments": 80,
     "threshold_rows": 128,
     "threshold_backward": 64,
+    # Sums over pairs.
+    "pair_sums": 112,
+    "position_sums": 72,
 }
 SEVERAL_REGISTERS = {"visit": 168}  # several targets of a row at a time, their losses in float64
 PLAIN_REGISTERS = {"statistics": 112, "gradient": 96}  # where raw scores are the scores
@@ -53,7 +56,9 @@ MATRIX = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mm
 PRODUCTS = {"linear_statistics", "linear_gradient"}
 FACTORED = {"visit", "backward", "prepare", "column_sums", "grams", "state", "fold", "settle", "segments"}
 THRESHOLD = {"threshold_rows", "threshold_backward"}
-KERNELS = PRODUCTS | FACTORED | THRESHOLD | {"statistics", "merge_parts", "gradient", "gradient_of_exponentials", "derivatives"}
+PAIRS = {"pair_sums", "position_sums"}
+OTHERS = {"statistics", "merge_parts", "gradient", "gradient_of_exponentials", "derivatives"}
+KERNELS = PRODUCTS | FACTORED | THRESHOLD | PAIRS | OTHERS
 
 
 @pytest.mark.parametrize("target", MATRIX)

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 
 import torch
 import triton
@@ -17,7 +18,9 @@ from triton.compiler import ASTSource
 
 from fusedloss.backends import triton_launch, triton_linear_gradient
 from fusedloss.backends.tile import Across, Exponentials, Sums, Tile
+from fusedloss.lists import Lists
 from fusedloss.nn import SphericalSoftmaxLoss, SphericalZLoss, SquaredErrorLoss, TaylorSoftmaxLoss
+from fusedloss.ranking import pairs_torch, pairs_triton
 from fusedloss.relation import Other, Rest, Same
 from fusedloss.sorting import threshold_launches
 from fusedloss.spherical import device_launches
@@ -51,6 +54,7 @@ NAMES = {
     torch.float16: "fp16",
     torch.int64: "i64",
     torch.int32: "i32",
+    torch.uint8: "u8",
 }
 
 
@@ -161,6 +165,7 @@ def launches(hip: bool):
     yield from similarity_launches(hip)
     yield from spherical_launches()
     yield from threshold_rows_launches()
+    yield from pair_launches()
 
 
 def similarity_launches(hip: bool):
@@ -279,6 +284,22 @@ def spherical_launches():
         yield title, device_launches.settle(f, sums, sizes, folded, lr, 1.0, 8.0)
         for out in (rows, f.p):
             yield title, device_launches.segments(f, keys, keys, batch, h, folded, out, lr)
+
+
+def pair_launches():
+    """Those of ranking losses over pairs, and of soft positions."""
+    scores = torch.zeros(16, 256)
+    lists, mask = Lists(scores.shape, 1), torch.zeros(16, 256, dtype=torch.uint8)
+    ends, whole = pairs_triton._ends(lists, scores), scores.int()
+    for weight in ("one", "difference", "ndcg1", "ndcg2", "lambdarank", "ndcg2pp"):
+        items = pairs_torch.weighted(lists, scores, scores, weight, 10.0, 0)
+        for counts in (None, mask):
+            items = replace(items, counts=counts)
+            yield weight, pairs_triton.loss_launch(items, ends, scores, scores, whole, "softplus", 1.0, 1.0)
+    items = pairs_torch.Items(scores, scores)
+    yield "logistic", pairs_triton.loss_launch(items, ends, scores, scores, whole, "logistic", 1.0, 1.0)
+    for upstream in (None, scores):
+        yield "positions", pairs_triton.position_launch(scores, mask, upstream, ends, scores, 1.0)
 
 
 if __name__ == "__main__":

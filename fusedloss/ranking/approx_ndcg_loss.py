@@ -1,0 +1,50 @@
+"""ApproxNDCG: NDCG of positions that are sums of sigmoids."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..checks import check_constant
+from .list_loss import list_loss
+from .pairs import soft_positions
+from .pairs_torch import ranks
+
+
+@list_loss
+def approx_ndcg_loss(lists, scores, relevance, *, alpha: float = 1.0, powered: bool = True):
+    """ApproxNDCG: L = −(Σ_i G_i / log2(1 + p_i)) / (Σ_i G_i / log2(1 + ρ_i)).
+
+    p_i = 1 + Σ_{j ≠ i} 1 / (1 + e^{α (s_i − s_j)}) is the soft position, ρ the rank by relevance; G = 2^r − 1, or r
+    with powered=False; both sums are over the whole list (no truncation). alpha is the inverse of the
+    temperature: 1 in allRank, 10 (temperature 0.1) in TensorFlow Ranking. A list without gains has loss 0 and counts in
+    the mean, as in allRank; TensorFlow Ranking leaves it out (``list_weight``, ``reduction="sum"``). Any relevance is
+    safe: gains are scaled by 2^−max(r) before they can overflow. O(n) memory; two passes over the pairs of a list,
+    one of them for the gradient. Scores must be finite; padding belongs into the mask.
+
+    Tao Qin, Tie-Yan Liu and Hang Li, "A General Approximation Framework for Direct Optimization of Information
+    Retrieval Measures", Information Retrieval 13, 2010; Sebastian Bruch, Masrour Zoghi, Michael Bendersky and Marc
+    Najork, "Revisiting Approximate Metric Optimization in the Age of Deep Neural Networks", SIGIR 2019.
+    """
+    check_constant("approx_ndcg_loss", "alpha", alpha, 0.0, above=True)
+    gain = relevance
+    if powered:
+        largest = lists.max(relevance)
+        largest = lists.spread(torch.where(largest.isfinite(), largest, 0.0))
+        gain = (relevance - largest).exp2() - (-largest).exp2()
+    best = lists.sum(gain / (1 + ranks(lists, relevance)).to(scores.dtype).log2())
+    share = gain / lists.spread(torch.where(best > 0, best, 1.0))
+    return -lists.sum(share / (1 + soft_positions(lists, scores, alpha)).log2())
+
+
+def reference(scores: Tensor, relevance: Tensor, alpha=1.0, powered=True) -> Tensor:
+    """The loss of one list (n,), densely."""
+    gain = 2**relevance - 1 if powered else relevance
+    place = torch.arange(2, len(scores) + 2, device=scores.device).to(scores)
+    best = (gain.sort(descending=True).values / place.log2()).sum()
+    above = (alpha * (scores - scores[:, None])).sigmoid()
+    position = 1 + above.sum(1) - above.diagonal()
+    return -(gain / (1 + position).log2()).sum() / torch.where(best > 0, best, 1.0)
+
+
+CASES = ({}, {"alpha": 10.0}, {"powered": False})
