@@ -1,1 +1,3 @@
 """Differentiable sorting and ranking."""
+
+from .soft_sort import soft_rank, soft_sort
