@@ -76,32 +76,39 @@ def soft_sort(
 
 
 def _project(name, values, regularization, strength, dim, descending, mask, offsets) -> Tensor:
-    expect(regularization in REGULARIZATIONS, name, "regularization", "'l2' or 'kl'", regularization)
-    kl, descending = regularization == "kl", bool(descending)
-    if mask is None and offsets is None and type(strength) is float and 0 <= strength < torch.inf:
+    if mask is None and offsets is None and type(strength) is float and not torch.compiler.is_compiling():
         # Nothing to check and nothing to move: small inputs are common.
-        if isinstance(values, Tensor) and values.dim() == 2 and dim in (-1, 1) and values.dtype in projection.TYPES:
-            return projection.call(name, values.contiguous(), None, None, None, strength, kl, descending)
+        plain = isinstance(values, Tensor) and values.dim() == 2 and values.dtype in projection.TYPES
+        if plain and dim in (-1, 1) and 0 <= strength < torch.inf and regularization in REGULARIZATIONS:
+            kl = regularization == "kl"
+            return projection.call(name, values.contiguous(), None, None, None, strength, kl, bool(descending))
     lists = lists_of(name, values, dim, mask, offsets)
     if not values.is_floating_point() and not values.is_complex():
         values = values.to(torch.get_default_dtype())
     supported = "float64, float32, bfloat16, float16 or integers"
     expect(values.dtype in projection.TYPES, name, "values", supported, values.dtype, TypeError)
-    return lists.shaped(on_lists(name, lists, lists.flat(values), kl, strength, descending))
+    return lists.shaped(on_lists(name, lists, lists.flat(values), regularization, strength, descending))
 
 
 def on_lists(
-    name: str, lists: Lists, values: Tensor, kl: bool, strength: float | Tensor, descending: bool = False
+    name: str,
+    lists: Lists,
+    values: Tensor,
+    regularization: str = "l2",
+    strength: float | Tensor = 1.0,
+    descending: bool = False,
 ) -> Tensor:
     """The same of flat values; `name` is "soft_rank" or "soft_sort"."""
+    expect(regularization in REGULARIZATIONS, name, "regularization", "'l2' or 'kl'", regularization)
     strengths = None
+    if not isinstance(strength, Tensor):
+        check_number(name, "regularization_strength", strength, 0)
+        if torch.compiler.is_compiling():  # a sum of a tensor and a number: the compiler lets the number change
+            strength = torch.zeros((), dtype=torch.float64, device=values.device) + strength
     if isinstance(strength, Tensor):
         strengths, strength = _strengths(name, lists, values, strength), 0.0
-    else:
-        check_number(name, "regularization_strength", strength, 0)
-    return projection.call(
-        name, values, strengths, lists.mask, lists.offsets, float(strength), kl, descending
-    )
+    call = strengths, lists.mask, lists.offsets, float(strength), regularization == "kl", bool(descending)
+    return projection.call(name, values, *call)
 
 
 def _strengths(name: str, lists: Lists, values: Tensor, strength: Tensor) -> Tensor:
@@ -110,7 +117,7 @@ def _strengths(name: str, lists: Lists, values: Tensor, strength: Tensor) -> Ten
     expect(strength.device in (values.device, torch.device("cpu")), name, what, f"on {values.device}", strength.device)
     expect(not strength.is_complex(), name, what, "real numbers", strength.dtype, TypeError)
     fits = strength.dim() <= len(lists.leading) and all(
-        given in (1, wanted) for given, wanted in zip(strength.shape[::-1], lists.leading[::-1])
+        given == 1 or given == wanted for given, wanted in zip(strength.shape[::-1], lists.leading[::-1])
     )
     expect(fits, name, what, f"a number, or a tensor that broadcasts to {tuple(lists.leading)}", strength)
     hidden = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
