@@ -171,7 +171,7 @@ def _starts(p: Projection, values: list[float], e: float) -> list[bool]:
     finite = [k for k, v in enumerate(values) if abs(v) != torch.inf]
     low, high = (finite[0], finite[-1] + 1) if finite else (m, m)
     for k in [*range(1, low), *range(high + 1, m)]:
-        starts[k] = p.sort
+        starts[k] = p.sort or values[k] != values[k - 1]
     s = torch.tensor(values[low:high], dtype=F64)
     w = torch.arange(m - low, m - high, -1, dtype=F64)
     first, second = (w / e, s) if p.sort else (s / e, w.log() if p.kl else w)  # the value of a block is falling in
