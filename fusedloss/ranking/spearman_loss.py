@@ -20,15 +20,15 @@ def spearman_loss(
     """Soft Spearman: L = 1 − ρ, ρ = Pearson's correlation of soft_rank(scores) with the ranks of the relevance.
 
     Equal relevance shares its mean rank, as Spearman's ρ has it; strength 0 gives 1 − ρ itself, without a gradient.
-    regularization ("l2" or "kl") and regularization_strength (a number, or one per list) are `soft_rank`'s, and as there
-    the strength is in the units of the scores: one far above their spread gives Pearson's correlation of the scores
-    themselves with the ranks (docs/sorting.md). L lies in [0, 2]. Where one side is constant ρ has no meaning: it counts
-    as 0, so L = 1 with gradient 0, lists of one item included. A list without items has loss 0. The ranks are computed
-    in float64: those of a strong regularization lie close together. O(n log n) time, O(n) memory.
+    regularization ("l2" or "kl") and regularization_strength (a number, or one per list) are `soft_rank`'s, and as
+    there the strength is in the units of the scores: one far above their spread gives Pearson's correlation of the
+    scores themselves with the ranks (docs/sorting.md). L lies in [0, 2]. Where one side is constant ρ has no meaning:
+    it counts as 0, so L = 1 with gradient 0, lists of one item included. A list without items has loss 0. The ranks
+    are computed in float64: those of a strong regularization lie close together. O(n log n) time, O(n) memory.
 
-    Mathieu Blondel, Olivier Teboul, Quentin Berthet and Josip Djolonga, "Fast Differentiable Sorting and Ranking", ICML
-    2020, arXiv 2002.08871, section 6.3; their loss is ½‖r − r'‖², which falls with ρ where there are no ties. torchsort's
-    example is the correlation, as here, but of soft ranks of the target too.
+    Mathieu Blondel, Olivier Teboul, Quentin Berthet and Josip Djolonga, "Fast Differentiable Sorting and Ranking",
+    ICML 2020, arXiv 2002.08871, section 6.3; their loss is ½‖r − r'‖², which falls with ρ where there are no ties.
+    torchsort's example is the correlation, as here, but of soft ranks of the target too.
     """
     n = lists.count(scores.double())
     middle = lists.spread((n + 1) / 2)  # the mean of the soft ranks too: a block's sum to what its hard ranks sum to

@@ -94,7 +94,7 @@ class Blocks:
 
 
 def project(p: Projection, x: Tensor, order: Tensor) -> Tensor:
-    """The soft ranks (float32, or float64 of float64) or the soft sort (in the type of x), of which blocks are known."""
+    """The soft ranks (float32, or float64 of float64) or the soft sort (in the type of x), the blocks being known."""
     b = Blocks(p, x, order)
     if not p.sort:
         y = b.softmax(b.s)[0] * b.sum(b.w) if p.kl else b.mean(b.w) + (b.s - b.mean(b.s))
@@ -217,7 +217,9 @@ def reference(x: Tensor, e: float | Tensor, *, sort: bool, kl: bool, descending:
     start, end = i[:, None, None], i[:, None]
     inside = ((start <= i) & (i <= end)) | (start > end)  # (start, end, item); nobody looks where start > end
     if kl:
-        value = torch.where(inside, above, -torch.inf).logsumexp(2) - torch.where(inside, below, -torch.inf).logsumexp(2)
+        value = torch.where(inside, above, -torch.inf).logsumexp(2) - torch.where(inside, below, -torch.inf).logsumexp(
+            2
+        )
     else:
         value = (inside * (above - below)).sum(2) / inside.sum(2)
     y = above - torch.stack([value[: k + 1, k:].max(1).values.min() for k in range(n)])

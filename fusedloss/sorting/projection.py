@@ -4,8 +4,8 @@
 * ``fusedloss::soft_rank_backward``, ``fusedloss::soft_sort_backward``  (gradient of x, of each row's strength)
 
 Beyond x itself the backward keeps the order alone, 4 bytes per item. In eager mode and under torch.func the kernels run
-inside `torch.autograd.Function`s, under torch.compile the operators' registered autograd is used. Second derivatives are
-autograd's, of `permutahedron.project_backward` with the same blocks.
+inside `torch.autograd.Function`s, under torch.compile the operators' registered autograd is used. Second derivatives
+are autograd's, of `permutahedron.project_backward` with the same blocks.
 """
 
 from __future__ import annotations
@@ -65,17 +65,19 @@ def report() -> list[tuple[str, str]]:
     return [(kind, MEANING[live(torch.device(kind))]) for kind in kinds]
 
 
-def _native_call(name: str, x: Tensor, call: tuple, *addresses: int) -> None:
+def _compiled(where: str, name: str, x: Tensor, call: tuple, *tensors: Tensor | None) -> None:
+    """The compiled kernels' C function of this name on x and what follows it there."""
     strengths, mask, offsets, strength, kl, descending = call
+    addresses = [address(t) for t in (x, *tensors)]
     if offsets is None:
         rows, width = x.shape
     else:
         rows = len(offsets) - 1  # on a device nobody waits for the longest row
-        width = int(offsets.diff().max()) if rows and not x.is_cuda else len(x)
+        width = int(offsets.diff().max()) if rows and where == "cpu" else len(x)
     what = _native.Permutahedron(
         rows, width, address(offsets), address(mask), address(strengths), strength, TYPES[x.dtype], kl, descending
     )
-    if x.is_cuda:
+    if where == "cuda":
         launch = getattr(_native, f"cuda_{name}")
         bytes = getattr(_native, f"cuda_{name}_workspace")(what)
         _launch(x.device, bytes, lambda *memory: launch(what, *addresses, *memory))
@@ -97,7 +99,7 @@ def forward(name: str, x: Tensor, *call) -> tuple[Tensor, Tensor]:
         return project(p, x, order), order
     out = torch.empty_like(x, dtype=x.dtype if name == "soft_sort" else ranks_dtype(x.dtype))
     order = torch.empty_like(x, dtype=torch.int32)
-    _native_call(name, x, call, x.data_ptr(), out.data_ptr(), order.data_ptr())
+    _compiled(where, name, x, call, out, order)
     return out, order
 
 
@@ -113,9 +115,8 @@ def backward(name: str, grad: Tensor, x: Tensor, order: Tensor, *call) -> tuple[
         dx, dstrengths = project_backward(_projection(name, *call), x, order, grad)
         return dx, dstrengths if call[0] is not None else dstrengths[:0].clone()
     dx, dstrengths = torch.empty_like(x), _strength_gradient(x, call[0])
-    wanted = dstrengths.data_ptr() if call[0] is not None else 0
-    tensors = grad.data_ptr(), x.data_ptr()
-    _native_call(f"{name}_backward", x, call, tensors[1], order.data_ptr(), tensors[0], dx.data_ptr(), wanted)
+    asked = dstrengths if call[0] is not None else None
+    _compiled(where, f"{name}_backward", x, call, order, grad, dx, asked)
     return dx, dstrengths
 
 
@@ -204,7 +205,7 @@ def _vmap(op, size: int, dims, arguments, items: int):
 def _direct(x: Tensor) -> bool:
     """Whether x is there as it is, and no transformation wants to see the operators."""
     hidden = torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack()
-    return not hidden and type(x) in (Tensor, torch.nn.Parameter)
+    return not hidden and not x.is_meta and type(x) in (Tensor, torch.nn.Parameter)
 
 
 class _Project(torch.autograd.Function):

@@ -24,24 +24,28 @@ def soft_rank(
 ) -> Tensor:
     """Soft ranks: of each list the point of the permutahedron of (n, …, 1) nearest to values / ε.
 
-    Rank 1 is the smallest value's, or with `descending` the largest's. ε = regularization_strength ≥ 0: with l2
-    neighbours whose gap is at most ε are pooled, ε = 0 gives the hard ranks (equal values share their mean rank, no
-    gradient), ε → ∞ the mean rank for all. ε is in the units of the values: docs/sorting.md says how to choose it.
+    Rank 1 is the smallest value's, or with `descending` the largest's (then read −values below). ε, the
+    regularization_strength, is in the units of the values (docs/sorting.md says how to choose it): with l2 neighbours
+    whose gap is at most ε are pooled. ε = 0 gives the hard ranks (equal values share their mean rank, no gradient),
+    ε → ∞ the mean rank for all.
 
-    "l2": r = argmin_{r ∈ P(n, …, 1)} ‖r − values / ε‖²; in a block B of pooled items r_i = mean_B(n, …, 1) +
-    (values_i − mean_B(values)) / ε. "kl": the projection in log space; r_i = softmax_B(values / ε)_i Σ_B (n, …, 1).
+    "l2": r = argmin ‖r − values / ε‖² over the permutahedron; in a block B of pooled items r_i = mean_B(ranks) +
+    (values_i − mean_B(values)) / ε. "kl": the projection in log space, r_i = softmax_B(values / ε)_i Σ_B ranks.
 
     values: any shape, lists along `dim`; or (items,) with `offsets` (lists + 1,) int64, list r being the items from
-    offsets[r] to offsets[r + 1]. mask: of the values' shape, bool; False: no item, its rank is 0. strength: a number,
-    or a tensor that broadcasts to one number per list (the values' shape without `dim`, or (lists,)), in which there is
-    a gradient too. float64, float32, bfloat16, float16; integers are converted to torch's default type.
-    Returns ranks in the values' shape, float64 of float64 and float32 of all else (float16 counts to 2048 only).
-    ±inf takes the rank at its end and has no gradient; a NaN makes its list NaN. Forward O(n log n), backward O(n);
-    derivatives of any order.
+    offsets[r] to offsets[r + 1]. mask: of the values' shape, bool; False: no item, its rank is 0.
+    regularization_strength: a finite number ≥ 0, or a tensor that broadcasts to one per list (the values' shape
+    without `dim`, or (lists,)), in which there is a gradient too. float64, float32, bfloat16, float16; integers are
+    converted to torch's default type. Returns ranks in the values' shape, float64 of float64 and float32 of all else
+    (float16 counts to 2048 only). ±inf takes the rank at its end and has no gradient; a NaN makes its list NaN.
+    Forward O(n log n), backward O(n); derivatives of any order, in reverse mode.
 
-    Mathieu Blondel, Olivier Teboul, Quentin Berthet and Josip Djolonga, "Fast Differentiable Sorting and Ranking", ICML
-    2020, arXiv 2002.08871. The first three arguments are torchsort's, with the same meaning. Its "kl" is the paper's
-    log-KL projection too.
+    Errors: ValueError, TypeError or IndexError, naming the argument. Strengths that are negative or NaN in a tensor
+    that cannot be looked at (on a device, under torch.compile or torch.func) make their lists NaN instead.
+
+    Mathieu Blondel, Olivier Teboul, Quentin Berthet and Josip Djolonga, "Fast Differentiable Sorting and Ranking",
+    ICML 2020, arXiv 2002.08871. The first three arguments are torchsort's, with the same meaning. As in the authors'
+    code and torchsort, the projection in log space is exponentiated for ranks and is not for `soft_sort`.
     """
     return _project("soft_rank", values, regularization, regularization_strength, dim, descending, mask, offsets)
 
@@ -58,19 +62,19 @@ def soft_sort(
 ) -> Tensor:
     """Soft sort: of each list the point of the permutahedron of its values nearest to (n, …, 1) / ε, rising.
 
-    With l2 sorted neighbours whose gap is at least 1 / ε are pooled; ε = 0 gives the hard sort, ε → ∞ the mean for all.
+    With l2 sorted neighbours whose gap is at least 1 / ε are pooled; ε = 0 gives the hard sort, ε → ∞ the mean for
+    all.
 
     "l2": in a block B of sorted values s: y_i = mean_B(s) + (i − mean_B(i)) / ε, so a block alone is the value itself.
-    "kl": y_i = LSE_B(s) + w_i − LSE_B(w), w = (n, …, 1) / ε, in falling order of ±s, LSE = log Σ exp: the form that
-    the paper's code and torchsort have, which is not exponentiated.
+    "kl", descending: y_i = LSE_B(s) + w_i − LSE_B(w), w = (n, …, 1) / ε, LSE = log Σ exp; rising: −y of −values.
 
-    Arguments as for `soft_rank`. Returns the values' shape and type, lists sorted along `dim` in rising order, or in
-    falling order with `descending`. Under a mask of m items the first m places hold them, and 0 follows. ±inf stands at
-    its end as it is, the finite values are sorted among themselves; a NaN makes its list NaN. Forward O(n log n),
-    backward O(n); derivatives of any order.
+    Arguments and errors as for `soft_rank`. Returns the values' shape and type, lists sorted along `dim` in rising
+    order, or in falling order with `descending`. Under a mask of m items the first m places hold them, and 0 follows.
+    ±inf stands at its end as it is, the finite values are sorted among themselves; a NaN makes its list NaN. Forward
+    O(n log n), backward O(n); derivatives of any order, in reverse mode.
 
-    Mathieu Blondel, Olivier Teboul, Quentin Berthet and Josip Djolonga, "Fast Differentiable Sorting and Ranking", ICML
-    2020, arXiv 2002.08871.
+    Mathieu Blondel, Olivier Teboul, Quentin Berthet and Josip Djolonga, "Fast Differentiable Sorting and Ranking",
+    ICML 2020, arXiv 2002.08871.
     """
     return _project("soft_sort", values, regularization, regularization_strength, dim, descending, mask, offsets)
 
