@@ -172,8 +172,8 @@ def _starts(p: Projection, values: list[float], e: float) -> list[bool]:
     low, high = (finite[0], finite[-1] + 1) if finite else (m, m)
     for k in [*range(1, low), *range(high + 1, m)]:
         starts[k] = p.sort or values[k] != values[k - 1]
-    s = torch.tensor(values[low:high], dtype=F64)
-    w = torch.arange(m - low, m - high, -1, dtype=F64)
+    s = torch.tensor(values[low:high], dtype=F64, device="cpu")  # whatever the default device
+    w = torch.arange(m - low, m - high, -1, dtype=F64, device="cpu")
     first, second = (w / e, s) if p.sort else (s / e, w.log() if p.kl else w)  # the value of a block is falling in
     stack: list[tuple] = []  # (start, sums)
     for k, (a, b) in enumerate(zip(first.tolist(), second.tolist())):
