@@ -22,4 +22,7 @@ def info() -> Info:
     from .spherical import native_products  # which is made of all the rest
 
     lines.append(f"  {'cpu':5} spherical {native_products.why_not() or 'compiled steps, BLAS of torch'}")
+    from .sorting import projection
+
+    lines += [f"  {kind:5} sorting   {what}" for kind, what in projection.report()]
     return Info("\n".join(lines))

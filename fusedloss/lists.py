@@ -119,6 +119,6 @@ def lists_of(
         offsets = offsets.long().contiguous()
         if offsets.device.type == "cpu" and not torch.compiler.is_compiling():
             whole = offsets[0] == 0 and offsets[-1] == len(values) and bool((offsets.diff() >= 0).all())
-            expect(whole, name, "offsets", f"rising from 0 to {len(values)}", offsets.tolist()[:8])
+            expect(whole, name, "offsets", f"rising from 0 to {len(values)}", offsets[:8].tolist())
     lists = Lists(values.shape, dim % values.dim(), None, offsets)
     return lists if mask is None else Lists(lists.shape, lists.dim, lists.flat(mask), offsets)

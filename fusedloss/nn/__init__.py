@@ -7,6 +7,8 @@ Those between embeddings make their scores themselves, and keep what is learned 
 
 loss = fusedloss.nn.TripletLoss(margin=0.1)
 loss(x, label)
+
+Soft sort and soft rank are no losses, but have a strength that may be learned: SoftSort, SoftRank.
 """
 
 from ..losses.comp_sum_loss import comp_sum_loss
@@ -49,6 +51,7 @@ from .pair import (
     SupConLoss,
     TripletLoss,
 )
+from .sorting import SoftRank, SoftSort
 
 
 class CompSumLoss(Loss, of=comp_sum_loss):

@@ -6,3 +6,4 @@ from .kendall_loss import kendall_loss
 from .lambda_loss import lambda_loss
 from .listnet_loss import listnet_loss
 from .ranknet_loss import ranknet_loss
+from .spearman_loss import spearman_loss
