@@ -5,91 +5,33 @@
 
 #include <algorithm>
 #include <cstring>
-#include <type_traits>
+#include <utility>
 
 #include "fusedloss.h"
+#include "sort_keys.h"
 
 namespace fl {
 namespace {
 
-// Bits that rise as the value falls, 0 for NaN. A key and the position of its item make a pair.
-template <class T> struct Radix;
-
-template <>
-struct Radix<float> {
-  using Key = uint32_t;
-  using Pair = uint64_t;
-  static constexpr Key sign = 0x80000000u;
-  static Pair pair(Key key, int64_t i) { return (Pair)key << 32 | (Pair)i; }
-  static Key key(Pair p) { return (Key)(p >> 32); }
-  static int32_t position(Pair p) { return (int32_t)p; }
-};
-
-template <>
-struct Radix<double> {
-  using Key = uint64_t;
-  struct Pair {
-    uint64_t key;
-    int64_t position;
-  };
-  static constexpr Key sign = 0x8000000000000000u;
-  static Pair pair(Key key, int64_t i) { return {key, i}; }
-  static Key key(const Pair& p) { return p.key; }
-  static int32_t position(const Pair& p) { return (int32_t)p.position; }
-};
+using portable::Radix;
 
 template <class T>
-typename Radix<T>::Key key_of(T x, bool rising) {
-  using Key = typename Radix<T>::Key;
-  const T falling = (rising ? -x : x) + T(0);   // -0 becomes 0
-  Key bits;
-  std::memcpy(&bits, &falling, sizeof bits);
-  bits = bits & Radix<T>::sign ? bits : bits ^ (Radix<T>::sign - 1);
-  return x == x ? bits : 0;
+const SortLoops<T>& pick(const SortLoops<float>& single, const SortLoops<double>& twice) {
+  if constexpr (sizeof(T) == sizeof(float)) return (void)twice, single;
+  else return (void)single, twice;
 }
 
 template <class T>
-double value_of(typename Radix<T>::Key key) {
-  T value;
-  key = key & Radix<T>::sign ? key : key ^ (Radix<T>::sign - 1);
-  std::memcpy(&value, &key, sizeof value);
-  return value;
-}
-
-template <class T>
-auto loops() {
-  using Key = std::make_signed_t<typename Radix<T>::Key>;
-  const auto pick = [](const SortLoops<int32_t>& single, const SortLoops<int64_t>& twice) -> const SortLoops<Key>& {
-    if constexpr (sizeof(T) == sizeof(float)) return (void)twice, single;
-    else return (void)single, twice;
-  };
+const SortLoops<T>& loops() {
 #if defined(FL_X86)
   static const int isa = std::strcmp(fl_isa(), "avx512") == 0 ? 2 : std::strcmp(fl_isa(), "avx2") == 0;
-  if (isa == 2) return pick(avx512::sort_float, avx512::sort_double);
-  if (isa == 1) return pick(avx2::sort_float, avx2::sort_double);
+  if (isa == 2) return pick<T>(avx512::sort_float, avx512::sort_double);
+  if (isa == 1) return pick<T>(avx2::sort_float, avx2::sort_double);
 #endif
-  return pick(portable::sort_float, portable::sort_double);
+  return pick<T>(portable::sort_float, portable::sort_double);
 }
 
-constexpr int64_t kFew = 192, kMany = 4096, kForThreads = int64_t(1) << 16;
-static_assert(kFew % kSortPadding == 0);
-
-// position: null where item i is at position i.
-template <class T>
-void sort_few(const T* values, const int32_t* position, int32_t m, bool rising, int32_t* order, double* sorted) {
-  using Key = typename Radix<T>::Key;
-  using Signed = std::make_signed_t<Key>;
-  Signed keys[kFew], less[kFew];
-  uint8_t equal[kFew] = {};                     // how many equal keys have their place
-  for (int32_t i = 0; i < m; ++i)
-    keys[i] = (Signed)(key_of(values[position ? position[i] : i], rising) ^ Radix<T>::sign);
-  loops<T>().count_less(keys, m, less);
-  for (int32_t i = 0; i < m; ++i) {
-    const int32_t place = (int32_t)less[i] + equal[less[i]]++;
-    order[place] = position ? position[i] : i;
-    if (sorted) sorted[place] = value_of<T>((Key)keys[i] ^ Radix<T>::sign);
-  }
-}
+constexpr int64_t kMany = 4096, kForThreads = int64_t(1) << 16;
 
 template <class Work>
 void each_piece(int64_t m, int pieces, const Work& work) {
@@ -98,45 +40,73 @@ void each_piece(int64_t m, int pieces, const Work& work) {
   for (int p = 0; p < pieces; ++p) work(p, m * p / pieces, m * (p + 1) / pieces);
 }
 
-// Returns where the sorted pairs are: in `pairs` or in `other`.
 template <class T, int bits>
-typename Radix<T>::Pair* sort_pairs(typename Radix<T>::Pair* pairs, typename Radix<T>::Pair* other, int64_t m,
-                                    int pieces, std::vector<uint32_t>& counts) {
+struct Passes {
   using R = Radix<T>;
-  constexpr int passes = (8 * sizeof(typename R::Key) + bits - 1) / bits, size = 1 << bits;
-  const auto digit = [](const typename R::Pair& pair, int pass) {
-    return (uint32_t)(R::key(pair) >> (pass * bits)) & (size - 1);
-  };
-  counts.assign((size_t)pieces * passes * size, 0);
-  uint32_t* const all = counts.data();
-  if (pieces == 1)
-    for (int64_t i = 0; i < m; ++i) {
-#pragma GCC unroll 8
-      for (int pass = 0; pass < passes; ++pass) ++all[pass * size + digit(pairs[i], pass)];
-    }
-  for (int pass = 0; pass < passes; ++pass) {
-    const auto counts_of = [=](int piece) { return all + ((size_t)piece * passes + pass) * size; };
+  using Pair = typename R::Pair;
+  static constexpr int count = (8 * sizeof(typename R::Key) + bits - 1) / bits, size = 1 << bits;
+  template <int pass>
+  static uint32_t digit(const Pair& pair) { return (uint32_t)(R::key(pair) >> (pass * bits)) & (size - 1); }
+
+  Pair *pairs, *other;          // the pairs as they are, and room for as many
+  int64_t m;
+  int pieces;
+  uint32_t* counts;             // [piece][pass][digit]
+  uint32_t* counts_of(int piece, int pass) const { return counts + ((size_t)piece * count + pass) * size; }
+
+  template <int... pass>
+  void run(std::integer_sequence<int, pass...>) {
+    if (pieces == 1)
+      for (int64_t i = 0; i < m; ++i) (++counts[pass * size + digit<pass>(pairs[i])], ...);
+    (one<pass>(), ...);
+  }
+
+  template <int pass>
+  void one() {
+    const Pair* const from = pairs;
     if (pieces > 1)
       each_piece(m, pieces, [=](int piece, int64_t first, int64_t end) {
-        uint32_t* const own = counts_of(piece);
-        for (int64_t i = first; i < end; ++i) ++own[digit(pairs[i], pass)];
+        uint32_t* const own = counts_of(piece, pass);
+        for (int64_t i = first; i < end; ++i) ++own[digit<pass>(from[i])];
       });
     uint32_t before = 0, alike = 0;
-    for (int piece = 0; piece < pieces; ++piece) alike += counts_of(piece)[digit(pairs[0], pass)];
-    if (alike == m) continue;                   // every item has this digit
+    for (int piece = 0; piece < pieces; ++piece) alike += counts_of(piece, pass)[digit<pass>(from[0])];
+    if (alike == m) return;     // every item has this digit
     for (int d = 0; d < size; ++d)
-      for (int piece = 0; piece < pieces; ++piece) {
-        uint32_t& count = counts_of(piece)[d];
-        const uint32_t here = count;
-        count = before, before += here;
-      }
-    each_piece(m, pieces, [=](int piece, int64_t first, int64_t end) {
-      uint32_t* const next = counts_of(piece);
-      for (int64_t i = first; i < end; ++i) other[next[digit(pairs[i], pass)]++] = pairs[i];
+      for (int piece = 0; piece < pieces; ++piece) before += std::exchange(counts_of(piece, pass)[d], before);
+    each_piece(m, pieces, [=, to = other](int piece, int64_t first, int64_t end) {
+      uint32_t* const next = counts_of(piece, pass);
+      for (int64_t i = first; i < end; ++i) to[next[digit<pass>(from[i])]++] = from[i];
     });
     std::swap(pairs, other);
   }
-  return pairs;
+};
+
+// Returns where the sorted pairs are: in `pairs` or in `other`.
+template <class T, int bits>
+void* sort_pairs(typename Radix<T>::Pair* pairs, typename Radix<T>::Pair* other, int64_t m, int pieces,
+                 std::vector<uint32_t>& counts) {
+  using All = Passes<T, bits>;
+  counts.assign((size_t)pieces * All::count * All::size, 0);
+  All all = {pairs, other, m, pieces, counts.data()};
+  all.run(std::make_integer_sequence<int, All::count>());
+  return all.pairs;
+}
+
+// What counts of a masked row, as a row of its own.
+template <class T>
+int64_t sort_masked(const T* values, const uint8_t* mask, int64_t n, bool rising, int threads, int32_t* order,
+                    double* sorted, SortScratch& scratch) {
+  if ((int64_t)scratch.positions.size() < n) scratch.positions.resize(n), scratch.values.resize(n);
+  int32_t* const positions = scratch.positions.data();
+  T* const some = reinterpret_cast<T*>(scratch.values.data());
+  int64_t m = 0;
+  for (int64_t i = 0; i < n; ++i) positions[m] = (int32_t)i, some[m] = values[i], m += mask[i] != 0;
+  sort_row(some, nullptr, m, rising, threads, order, sorted, scratch);
+  for (int64_t k = 0; k < m; ++k) order[k] = positions[order[k]];
+  for (int64_t i = 0, k = m; i < n; ++i)
+    if (!mask[i]) order[k++] = (int32_t)i;
+  return m;
 }
 
 }  // namespace
@@ -144,38 +114,18 @@ typename Radix<T>::Pair* sort_pairs(typename Radix<T>::Pair* pairs, typename Rad
 template <class T>
 int64_t sort_row(const T* values, const uint8_t* mask, int64_t n, bool rising, int threads, int32_t* order,
                  double* sorted, SortScratch& scratch) {
-  using R = Radix<T>;
-  using Pair = typename R::Pair;
-  int64_t m = n;
-  if (mask) {
-    m = 0;
-    for (int64_t i = 0; i < n; ++i) m += mask[i] != 0;
-    int64_t in = 0, out = m;
-    for (int64_t i = 0; i < n; ++i) order[mask[i] ? in++ : out++] = (int32_t)i;
-  }
-  if (m <= kFew) {
-    int32_t position[kFew];
-    if (mask) std::copy(order, order + m, position);
-    sort_few(values, mask ? position : nullptr, (int32_t)m, rising, order, sorted);
-    return m;
-  }
+  using Pair = typename Radix<T>::Pair;
+  if (mask) return sort_masked(values, mask, n, rising, threads, order, sorted, scratch);
+  if (n <= kFew) return loops<T>().sort_few(values, rising, (int32_t)n, order, sorted), n;
   const size_t words = sizeof(Pair) / sizeof(uint64_t);
-  if (scratch.pairs.size() < 2 * words * m) scratch.pairs.resize(2 * words * m);
-  Pair *pairs = reinterpret_cast<Pair*>(scratch.pairs.data()), *const other = pairs + m;
-  const int pieces = m >= kForThreads ? threads : 1;
-  each_piece(m, pieces, [=](int, int64_t first, int64_t end) {
-    if (mask)
-      for (int64_t i = first; i < end; ++i) pairs[i] = R::pair(key_of(values[order[i]], rising), order[i]);
-    else
-      for (int64_t i = first; i < end; ++i) pairs[i] = R::pair(key_of(values[i], rising), i);
-  });
-  pairs = m < kMany ? sort_pairs<T, 8>(pairs, other, m, pieces, scratch.counts)
-                    : sort_pairs<T, 11>(pairs, other, m, pieces, scratch.counts);
-  each_piece(m, pieces, [=](int, int64_t first, int64_t end) {
-    for (int64_t i = first; i < end; ++i) order[i] = R::position(pairs[i]);
-    for (int64_t i = first; i < end && sorted; ++i) sorted[i] = value_of<T>(R::key(pairs[i]));
-  });
-  return m;
+  if (scratch.pairs.size() < 2 * words * n) scratch.pairs.resize(2 * words * n);
+  Pair* const pairs = reinterpret_cast<Pair*>(scratch.pairs.data());
+  const int pieces = n >= kForThreads ? threads : 1;
+  each_piece(n, pieces, [=](int, int64_t first, int64_t end) { loops<T>().pairs_of(values, rising, first, end, pairs); });
+  const void* const done = n < kMany ? sort_pairs<T, 8>(pairs, pairs + n, n, pieces, scratch.counts)
+                                     : sort_pairs<T, 11>(pairs, pairs + n, n, pieces, scratch.counts);
+  each_piece(n, pieces, [=](int, int64_t first, int64_t end) { loops<T>().of_pairs(done, first, end, order, sorted); });
+  return n;
 }
 
 template int64_t sort_row(const float*, const uint8_t*, int64_t, bool, int, int32_t*, double*, SortScratch&);

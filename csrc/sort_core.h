@@ -10,6 +10,8 @@ namespace fl {
 struct SortScratch {
   std::vector<uint64_t> pairs;
   std::vector<uint32_t> counts;
+  std::vector<int32_t> positions;
+  std::vector<double> values;
 };
 
 // order[0..m): positions, 0 to n - 1, of the m items that count (mask null: all n), in falling order of value, or in rising
@@ -26,17 +28,19 @@ int64_t sort_falling(const T* values, const uint8_t* mask, int64_t n, int32_t* o
 }
 
 // The vector loops of the sort, compiled once per instruction set.
-template <class Key>
+constexpr int32_t kFew = 256;   // items up to which their places are counted, each against all
+template <class T>
 struct SortLoops {
-  // above[i] = how many of the m keys are less than keys[i]; both arrays have room for m rounded up to `padding`
-  void (*count_less)(Key* keys, int32_t m, Key* less);
+  void (*sort_few)(const T* values, bool rising, int32_t m, int32_t* order, double* sorted);   // sorted may be null
+  // Keys and positions of items first to end, and back; sorted may be null.
+  void (*pairs_of)(const T* values, bool rising, int64_t first, int64_t end, void* pairs);
+  void (*of_pairs)(const void* pairs, int64_t first, int64_t end, int32_t* order, double* sorted);
 };
-constexpr int32_t kSortPadding = 64;
 
 #define FL_SORT_LOOPS(isa)                    \
   namespace isa {                             \
-  extern const SortLoops<int32_t> sort_float;  \
-  extern const SortLoops<int64_t> sort_double; \
+  extern const SortLoops<float> sort_float;    \
+  extern const SortLoops<double> sort_double;  \
   }
 FL_SORT_LOOPS(portable)
 #if defined(FL_X86)
