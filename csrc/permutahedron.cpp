@@ -29,20 +29,21 @@ const PermutahedronLoops& loops() {
 }
 
 constexpr int32_t kStarts = INT32_MIN, kPosition = INT32_MAX;
+inline int64_t started(int32_t entry) { return (int64_t)((uint32_t)entry >> 31); }   // 0 or 1; no branch
 constexpr double kLog2e = 1.44269504088896340736, kNaN = std::numeric_limits<double>::quiet_NaN();
 constexpr int64_t kWorthThreads = 4096, kLongRow = int64_t(1) << 16;   // items of a call, of a row
 
 // Memory of one thread's rows, kept from call to call unless it is large.
 struct Scratch {
   SortScratch sort;
-  std::vector<double> falling, terms, bytes, floats, more;
+  std::vector<double> falling, terms, blocks, numbers, floats, more, gradients;
 
   double* room(std::vector<double>& of, int64_t count) {
     if ((int64_t)of.size() < count) of.resize(count);
     return of.data();
   }
   void shrink() {
-    const size_t words = sort.pairs.size() + falling.size() + terms.size() + bytes.size() + floats.size() + more.size();
+    const size_t words = sort.pairs.size() + falling.size() + terms.size() + blocks.size() + numbers.size() + floats.size() + more.size() + gradients.size();
     if (words > size_t(16) << 20) *this = Scratch();
   }
 };
@@ -112,30 +113,47 @@ double unit_of(const Falling& f) {
   return most > 0x1p800 ? 0x1p-220 : 1;
 }
 
-// write(k, y) takes the k-th item's output, begin <= k.
+// write(k, at(of(block), k)) for every item k. Which block an item has is counted, not asked: where blocks are short, branches
+// on their ends cannot be foretold.
+template <class Pool, class Of, class At, class Write>
+void each_item(const Falling& f, const Pool& pooling, Scratch& scratch, const Of& of, const At& at, const Write& write) {
+  using Numbers = decltype(of(typename Pool::Block()));
+  Numbers* const all = (Numbers*)scratch.room(scratch.numbers, f.count * sizeof(Numbers) / sizeof(double));
+  Pieces(f.count).each(f.threads, [&](int64_t, int64_t first, int64_t end) {
+    Numbers* next = all + first;
+    pooling.each(first, end, [&](const typename Pool::Block& block, int64_t from, int64_t) {
+      if (from == block.first) f.order[from] |= kStarts;
+      *next++ = of(block);
+    });
+    int64_t own = first - started(f.order[first]);
+    for (int64_t k = first; k < end; ++k) {
+      own += started(f.order[k]);
+      write(k, at(all[own], k));
+    }
+  });
+}
+
+// write(k, y) takes the k-th finite item's output.
 template <bool sort, class Write>
 void euclidean(const Falling& f, Scratch& scratch, const Write& write) {
   using Rule = Euclidean<sort>;
   using Block = typename Rule::Block;
-  Block* const slots = (Block*)scratch.room(scratch.bytes, f.count * sizeof(Block) / sizeof(double));
+  Block* const slots = (Block*)scratch.room(scratch.blocks, f.count * sizeof(Block) / sizeof(double));
   const Pooling<Rule> pooling({f.values, f.e}, f.count, f.threads, slots);
   const double by = std::min(1 / f.e, std::numeric_limits<double>::max()), back = 1 / f.unit;
   const double ranks = (double)(f.m - f.begin);
-  Pieces(f.count).each(f.threads, [&](int64_t, int64_t first, int64_t end) {
-    pooling.each(first, end, [&](const Block& block, int64_t from, int64_t to) {
-      if (from == block.first) f.order[from] |= kStarts;
-      const double centre = (double)block.first + (block.count - 1) * 0.5, below = block.below / block.count;
-      if (block.count == 1) return write(from, sort ? block.value * back : ranks - (double)from);
-      if constexpr (sort) {
-        for (int64_t k = from; k < to; ++k) write(k, (block.value + ((centre - (double)k) * by - below)) * back);
-      } else {
-        const double mean = ranks - centre, most = ranks - (double)block.first, least = most - (block.count - 1);
-        const double slope = block.below == 0 ? 0 : by;
-        for (int64_t k = from; k < to; ++k)
-          write(k, std::min(most, std::max(least, mean + ((f.values[k] - block.value) + below) * slope)));
-      }
-    });
-  });
+  struct Numbers {
+    double value, below, centre, least, most;
+  };
+  const auto of = [&](const Block& block) {
+    const double first = (double)block.first, most = ranks - first;
+    return Numbers{block.value, block.below / block.count, first + (block.count - 1) * 0.5, most - (block.count - 1), most};
+  };
+  each_item(f, pooling, scratch, of, [&](const Numbers& b, int64_t k) {
+    if (sort) return (b.value + ((b.centre - (double)k) * by - b.below)) * back;
+    const double y = (ranks - b.centre) + ((f.values[k] - b.value) + b.below) * by;
+    return std::min(b.most, std::max(b.least, y));
+  }, write);
 }
 
 template <bool wide, class Write>
@@ -144,24 +162,19 @@ void entropic_rank(const Falling& f, Scratch& scratch, const Write& write) {
   using Block = typename Rule::Block;
   double* const e = scratch.room(scratch.terms, (wide ? 2 : 1) * f.count);
   double* const q = wide ? e + f.count : nullptr;
-  Block* const slots = (Block*)scratch.room(scratch.bytes, f.count * sizeof(Block) / sizeof(double));
-  const Pieces pieces(f.count);
+  Block* const slots = (Block*)scratch.room(scratch.blocks, f.count * sizeof(Block) / sizeof(double));
   const double by = kLog2e / f.e;
-  pieces.each(f.threads, [&](int64_t, int64_t first, int64_t end) {
+  Pieces(f.count).each(f.threads, [&](int64_t, int64_t first, int64_t end) {
     if (wide) return loops().exp2_wide(f.values + first, by, e + first, q + first, end - first);
     for (int64_t k = first; k < end; ++k) e[k] = (f.values[k] - f.values[0]) * by;
     loops().exp2(e + first, e + first, end - first);
   });
-  const double ranks = (double)(f.m - f.begin);
-  const Pooling<Rule> pooling({e, q, nullptr, nullptr, ranks}, f.count, f.threads, slots);
-  pieces.each(f.threads, [&](int64_t, int64_t first, int64_t end) {
-    pooling.each(first, end, [&](const Block& block, int64_t from, int64_t to) {
-      if (from == block.first) f.order[from] |= kStarts;
-      if (block.count == 1) return write(from, ranks - (double)from);
-      const double by = block.below / block.above;
-      for (int64_t k = from; k < to; ++k) write(k, (wide ? scaled(e[k], q[k] - block.above_q) : e[k]) * by);
-    });
-  });
+  const Pooling<Rule> pooling({e, q, nullptr, nullptr, (double)(f.m - f.begin)}, f.count, f.threads, slots);
+  struct Numbers {
+    double by, q;
+  };
+  each_item(f, pooling, scratch, [](const Block& block) { return Numbers{block.below / block.above, block.above_q}; },
+            [=](const Numbers& b, int64_t k) { return (wide ? scaled(e[k], q[k] - b.q) : e[k]) * b.by; }, write);
 }
 
 template <class Write>
@@ -170,7 +183,7 @@ void entropic_sort(const Falling& f, Scratch& scratch, const Write& write) {
   using Block = typename Rule::Block;
   double *const w = scratch.room(scratch.terms, 4 * f.count), *const wq = w + f.count, *const s = wq + f.count,
                *const sq = s + f.count;
-  Block* const slots = (Block*)scratch.room(scratch.bytes, f.count * sizeof(Block) / sizeof(double));
+  Block* const slots = (Block*)scratch.room(scratch.blocks, f.count * sizeof(Block) / sizeof(double));
   const Pieces pieces(f.count);
   const double back = 1 / f.unit;
   pieces.each(f.threads, [&](int64_t, int64_t first, int64_t end) {
@@ -191,10 +204,30 @@ void entropic_sort(const Falling& f, Scratch& scratch, const Write& write) {
   });
 }
 
+// No two neighbours are far enough apart for soft sorting to pool them: its answer is the hard one.
+bool stands(const Falling& f) {
+  std::atomic<int64_t> far{0};
+  Pieces(f.count).each(f.threads, [&](int64_t, int64_t first, int64_t end) {
+    if (far == 0) far += loops().gaps(f.values + first, 1 / f.e, std::min(f.count, end + 1) - first);
+  });
+  return far == 0;
+}
+
+template <class Write>
+void hard_sort(const Falling& f, const Write& write) {
+  const double back = 1 / f.unit;
+  Pieces(f.count).each(f.threads, [&](int64_t, int64_t first, int64_t end) {
+    for (int64_t k = first; k < end; ++k) f.order[k] |= kStarts;
+    for (int64_t k = first; k < end; ++k) write(k, f.values[k] * back);
+  });
+}
+
 template <class Write>
 void project(const Falling& f, bool sort, bool kl, Scratch& scratch, const Write& write) {
   if (f.count == 0) return;
-  if (f.e == 0 || !kl) {
+  if (sort && stands(f)) {
+    hard_sort(f, write);
+  } else if (f.e == 0 || !kl) {
     if (sort) euclidean<true>(f, scratch, write);
     else euclidean<false>(f, scratch, write);
   } else if (sort) {
@@ -261,6 +294,8 @@ struct Gradient {
   const int32_t* order;       // of the finite items
   const double* falling;      // their +-x; null where nobody asks
   double* weights;            // kl: exp(s - s of the block's first)
+  double* gradients;          // g, in the blocks' order
+  double* numbers;            // room for three per item
   const V* g;                 // of the row
   V* dx;
   double e, sign;
@@ -271,26 +306,19 @@ struct Gradient {
 template <class V, bool sort, bool kl>
 struct Backward : Gradient<V> {
   using G = Gradient<V>;
-  using G::order, G::falling, G::weights, G::g, G::dx, G::e, G::sign, G::count, G::begin;
+  using G::order, G::falling, G::weights, G::gradients, G::g, G::dx, G::e, G::sign, G::count, G::begin;
 
-  bool starts(int64_t k) const { return order[k] < 0; }
+  bool starts(int64_t k) const { return started(order[k]) != 0; }
   int64_t position(int64_t k) const { return order[k] & kPosition; }
-  double gradient(int64_t k) const { return (double)g[sort ? begin + k : position(k)]; }
+  double gradient(int64_t k) const { return gradients[k]; }
 
   Sums sums(int64_t from, int64_t to) const {
     Sums all;
     if constexpr (kl) {
-      for (int64_t k = from; k < to; ++k) {
-        const double one = gradient(k);
-        all += {weights[k], weights[k] * one, one};
-      }
+      loops().weighted(weights + from, gradients + from, to - from, &all.p, &all.pg);
+      if (sort) all.g = loops().sum(gradients + from, to - from);
     } else {
-      double part[4] = {};
-      int64_t k = from;
-      for (; k + 4 <= to; k += 4)
-        for (int i = 0; i < 4; ++i) part[i] += gradient(k + i);
-      for (; k < to; ++k) part[0] += gradient(k);
-      all.g = (part[0] + part[1]) + (part[2] + part[3]);
+      all.g = loops().sum(gradients + from, to - from);
     }
     return all;
   }
@@ -319,6 +347,29 @@ struct Backward : Gradient<V> {
       }
     }
     return of_strength;
+  }
+
+  // All of that for items from to `to`, whole blocks, but the derivative in e. Which block an item has is counted, not asked,
+  // as in `each_item`.
+  struct Numbers {
+    double p, sum, w;
+  };
+  void write_short(int64_t from, int64_t to, Numbers* blocks) const {
+    const double by = std::min(1 / e, std::numeric_limits<double>::max());
+    Numbers* const last = blocks + loops().negative(order + from, to - from);
+    std::fill(blocks, last, Numbers{0, 0, 0});
+    for (int64_t k = from, own = -1; k < to; ++k) {
+      Numbers& block = blocks[own += started(order[k])];
+      block.p += kl ? weights[k] : 1;
+      block.sum += kl && !sort ? weights[k] * gradients[k] : gradients[k];
+      if (kl && !sort) block.w += (double)(this->m - begin - k);
+    }
+    for (Numbers* block = blocks; block < last; ++block) block->sum /= block->p, block->w *= by / block->p;
+    for (int64_t k = from, own = -1; k < to; ++k) {
+      const Numbers& block = blocks[own += started(order[k])];
+      if (sort) dx[position(k)] = (V)(kl ? weights[k] * block.sum : block.sum);
+      else dx[position(k)] = (V)(sign * (gradients[k] - block.sum) * (kl ? weights[k] * block.w : by));
+    }
   }
 
   struct Piece {
@@ -359,6 +410,7 @@ struct Backward : Gradient<V> {
     }
     cut.each(this->threads, [&](int64_t i, int64_t first, int64_t end) {
       Piece& own = piece[i];
+      for (int64_t k = first; k < end; ++k) gradients[k] = (double)g[sort ? begin + k : position(k)];
       if constexpr (kl) {
         const double by = kLog2e * (sort ? 1 : std::min(1 / e, std::numeric_limits<double>::max()));
         int64_t start = own.first;
@@ -368,6 +420,8 @@ struct Backward : Gradient<V> {
         }
         loops().exp2(weights + first, weights + first, end - first);
       }
+      if (pieces == 1 && !this->by_strength && 8 * loops().negative(order, count) > count)
+        return write_short(0, count, (Numbers*)this->numbers);
       each_block(first, end, own.first, [&](int64_t from, int64_t to, int64_t start) {
         const Sums all = sums(from, to);
         if (start < from) own.head = all;
@@ -416,7 +470,7 @@ void backward_row(const Call<V>& call, int64_t row, const void* x, const int32_t
   int64_t m = n;
   for (int64_t i = 0; i < n && mask; ++i) m -= mask[i] == 0;
   const V* const values = call.values(x, at, n, scratch.floats, scratch);
-  const V* const incoming = sort ? call.values(g, at, n, scratch.bytes, scratch) : (const V*)g + at;
+  const V* const incoming = sort ? call.values(g, at, n, scratch.numbers, scratch) : (const V*)g + at;
   std::vector<double>& kept = scratch.more;
   V* const out = half ? (V*)scratch.room(kept, n) : (V*)dx + at;
   const auto value = [=](int64_t k) { return (double)values[order[k] & kPosition]; };
@@ -433,7 +487,7 @@ void backward_row(const Call<V>& call, int64_t row, const void* x, const int32_t
     const auto hard = [&](int64_t first, int64_t last) {
       for (int64_t k = first; k < last; ++k) out[order[k] & kPosition] = sort ? incoming[k] : 0;
     };
-    if (e == 0) begin = end = m;
+    if (e == 0 || loops().negative(order + begin, end - begin) == end - begin) begin = end = m;   // each item a block
     hard(0, begin), hard(end, m);
     const bool by_values = kl || (dstrength && !sort);
     const double sign = call.rising() ? -1 : 1;
@@ -443,7 +497,8 @@ void backward_row(const Call<V>& call, int64_t row, const void* x, const int32_t
         for (int64_t k = first; k < last; ++k) falling[k] = sign * value(begin + k);
       });
     double* const weights = kl ? scratch.room(scratch.terms, n) : nullptr;
-    const Gradient<V> gradient = {m, begin, end - begin, order + begin, falling, weights, incoming, out, e, sign,
+    const Gradient<V> gradient = {m, begin, end - begin, order + begin, falling, weights, scratch.room(scratch.gradients, n),
+                                  scratch.room(scratch.blocks, 3 * n), incoming, out, e, sign,
                                   dstrength != nullptr, threads};
     if (end > begin)
       of_strength = sort ? (kl ? Backward<V, true, true>{gradient}.run() : Backward<V, true, false>{gradient}.run())

@@ -78,10 +78,44 @@ void exp2_wide_row(const double* values, double by, double* power, double* quoti
   }
 }
 
+int64_t gaps_row(const double* falling, double far, int64_t count) {
+  int64_t all = 0;
+#pragma omp simd reduction(+ : all)
+  for (int64_t i = 0; i < count - 1; ++i) all += falling[i] - falling[i + 1] >= far;
+  return all;
+}
+
+int64_t negative_row(const int32_t* numbers, int64_t count) {
+  int64_t all = 0;
+  while (count > 0) {                       // counted in 32 bits as long as these suffice
+    const int64_t some = count < (1 << 30) ? count : 1 << 30;
+    int32_t part = 0;
+#pragma omp simd reduction(+ : part)
+    for (int64_t i = 0; i < some; ++i) part += (int32_t)((uint32_t)numbers[i] >> 31);
+    all += part, numbers += some, count -= some;
+  }
+  return all;
+}
+
+double sum_row(const double* gradients, int64_t count) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < count; ++i) sum += gradients[i];
+  return sum;
+}
+
+void weighted_row(const double* weights, const double* gradients, int64_t count, double* of_weights, double* of_both) {
+  double one = 0, both = 0;
+#pragma omp simd reduction(+ : one, both)
+  for (int64_t i = 0; i < count; ++i) one += weights[i], both += weights[i] * gradients[i];
+  *of_weights = one, *of_both = both;
+}
+
 }  // namespace
 
 extern const PermutahedronLoops permutahedron_loops;
-const PermutahedronLoops permutahedron_loops = {widen_row, narrow_row, exp2_row, exp2_wide_row};
+const PermutahedronLoops permutahedron_loops = {widen_row, narrow_row, exp2_row, exp2_wide_row,
+                                                   gaps_row,  negative_row, sum_row,  weighted_row};
 
 }  // namespace FL_ISA
 }  // namespace fl

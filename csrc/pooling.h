@@ -21,7 +21,11 @@ struct Pieces {
   template <class Work>
   void each(int threads, const Work& work) const {
     const int64_t all = pieces();
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1 && all > 1)
+    if (threads == 1 || all == 1) {   // a team of one is not free
+      for (int64_t piece = 0; piece < all; ++piece) work(piece, first(piece), end(piece));
+      return;
+    }
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
     for (int64_t piece = 0; piece < all; ++piece) work(piece, first(piece), end(piece));
   }
   int64_t count, size;
@@ -91,7 +95,7 @@ class Pooling {
   // Blocks of items 0 to count; `slots` has room for as many blocks.
   Pooling(const Rule& rule, int64_t count, int threads, Block* slots) : slots_(slots) {
     const Pieces pieces(count);
-    runs_.resize(pieces.pieces());
+    runs_.resize(pieces.pieces());   // 64 at most
     pieces.each(threads, [&](int64_t piece, int64_t first, int64_t end) {
       runs_[piece] = {first, pool(rule, first, end, slots)};
     });
