@@ -36,15 +36,15 @@ constexpr int64_t kWorthThreads = 4096, kLongRow = int64_t(1) << 16;   // items 
 // Memory of one thread's rows, kept from call to call unless it is large.
 struct Scratch {
   SortScratch sort;
-  std::vector<double> falling, terms, blocks, numbers, floats, more, gradients;
+  Buffer falling, terms, blocks, numbers, values, gradients, weights, out;
 
-  double* room(std::vector<double>& of, int64_t count) {
-    if ((int64_t)of.size() < count) of.resize(count);
-    return of.data();
-  }
   void shrink() {
-    const size_t words = sort.pairs.size() + falling.size() + terms.size() + blocks.size() + numbers.size() + floats.size() + more.size() + gradients.size();
-    if (words > size_t(16) << 20) *this = Scratch();
+    Buffer* const all[] = {&sort.pairs, &sort.counts, &sort.positions, &sort.values, &falling, &terms,
+                           &blocks,     &numbers,     &values,         &gradients,   &weights, &out};
+    size_t bytes = 0;
+    for (const Buffer* one : all) bytes += one->bytes();
+    for (Buffer* one : all)
+      if (bytes > size_t(128) << 20) one->clear();
   }
 };
 
@@ -59,10 +59,10 @@ struct Call {
   double strength(int64_t row) const { return p.strengths ? p.strengths[row] : p.strength; }
   size_t item_size() const { return half() ? 2 : sizeof(V); }
 
-  const V* values(const void* from, int64_t first, int64_t count, std::vector<double>& memory, Scratch& scratch) const {
+  const V* values(const void* from, int64_t first, int64_t count, Buffer& memory) const {
     if constexpr (sizeof(V) == sizeof(float))
       if (half()) {
-        float* const wide = (float*)scratch.room(memory, count / 2 + 1);
+        float* const wide = memory.room<float>(count);
         loops().widen(p.dtype, (const uint16_t*)from + first, wide, count);
         return wide;
       }
@@ -118,7 +118,7 @@ double unit_of(const Falling& f) {
 template <class Pool, class Of, class At, class Write>
 void each_item(const Falling& f, const Pool& pooling, Scratch& scratch, const Of& of, const At& at, const Write& write) {
   using Numbers = decltype(of(typename Pool::Block()));
-  Numbers* const all = (Numbers*)scratch.room(scratch.numbers, f.count * sizeof(Numbers) / sizeof(double));
+  Numbers* const all = scratch.numbers.template room<Numbers>(f.count);
   Pieces(f.count).each(f.threads, [&](int64_t, int64_t first, int64_t end) {
     Numbers* next = all + first;
     pooling.each(first, end, [&](const typename Pool::Block& block, int64_t from, int64_t) {
@@ -138,7 +138,7 @@ template <bool sort, class Write>
 void euclidean(const Falling& f, Scratch& scratch, const Write& write) {
   using Rule = Euclidean<sort>;
   using Block = typename Rule::Block;
-  Block* const slots = (Block*)scratch.room(scratch.blocks, f.count * sizeof(Block) / sizeof(double));
+  Block* const slots = scratch.blocks.room<Block>(f.count);
   const Pooling<Rule> pooling({f.values, f.e}, f.count, f.threads, slots);
   const double by = std::min(1 / f.e, std::numeric_limits<double>::max()), back = 1 / f.unit;
   const double ranks = (double)(f.m - f.begin);
@@ -149,6 +149,18 @@ void euclidean(const Falling& f, Scratch& scratch, const Write& write) {
     const double first = (double)block.first, most = ranks - first;
     return Numbers{block.value, block.below / block.count, first + (block.count - 1) * 0.5, most - (block.count - 1), most};
   };
+  if constexpr (!sort)
+    if (const Block* const block = write.whole ? pooling.only(f.count) : nullptr) {   // no matter what order
+      const Numbers b = of(*block);
+      f.order[0] |= kStarts;
+      Pieces(f.count).each(f.threads, [&](int64_t, int64_t first, int64_t end) {
+        for (int64_t i = first; i < end; ++i) {
+          const double y = (ranks - b.centre) + ((write.value(i) * f.unit - b.value) + b.below) * by;
+          write.at(i, std::min(b.most, std::max(b.least, y)));
+        }
+      });
+      return;
+    }
   each_item(f, pooling, scratch, of, [&](const Numbers& b, int64_t k) {
     if (sort) return (b.value + ((b.centre - (double)k) * by - b.below)) * back;
     const double y = (ranks - b.centre) + ((f.values[k] - b.value) + b.below) * by;
@@ -160,9 +172,9 @@ template <bool wide, class Write>
 void entropic_rank(const Falling& f, Scratch& scratch, const Write& write) {
   using Rule = Entropic<false, wide>;
   using Block = typename Rule::Block;
-  double* const e = scratch.room(scratch.terms, (wide ? 2 : 1) * f.count);
+  double* const e = scratch.terms.room<double>((wide ? 2 : 1) * f.count);
   double* const q = wide ? e + f.count : nullptr;
-  Block* const slots = (Block*)scratch.room(scratch.blocks, f.count * sizeof(Block) / sizeof(double));
+  Block* const slots = scratch.blocks.room<Block>(f.count);
   const double by = kLog2e / f.e;
   Pieces(f.count).each(f.threads, [&](int64_t, int64_t first, int64_t end) {
     if (wide) return loops().exp2_wide(f.values + first, by, e + first, q + first, end - first);
@@ -181,9 +193,9 @@ template <class Write>
 void entropic_sort(const Falling& f, Scratch& scratch, const Write& write) {
   using Rule = Entropic<true, true>;
   using Block = typename Rule::Block;
-  double *const w = scratch.room(scratch.terms, 4 * f.count), *const wq = w + f.count, *const s = wq + f.count,
+  double *const w = scratch.terms.room<double>(4 * f.count), *const wq = w + f.count, *const s = wq + f.count,
                *const sq = s + f.count;
-  Block* const slots = (Block*)scratch.room(scratch.blocks, f.count * sizeof(Block) / sizeof(double));
+  Block* const slots = scratch.blocks.room<Block>(f.count);
   const Pieces pieces(f.count);
   const double back = 1 / f.unit;
   pieces.each(f.threads, [&](int64_t, int64_t first, int64_t end) {
@@ -222,22 +234,33 @@ void hard_sort(const Falling& f, const Write& write) {
   });
 }
 
-template <class Write>
-void project(const Falling& f, bool sort, bool kl, Scratch& scratch, const Write& write) {
+template <bool sort, class Write>
+void project(const Falling& f, bool kl, Scratch& scratch, const Write& write) {
   if (f.count == 0) return;
-  if (sort && stands(f)) {
-    hard_sort(f, write);
-  } else if (f.e == 0 || !kl) {
-    if (sort) euclidean<true>(f, scratch, write);
-    else euclidean<false>(f, scratch, write);
-  } else if (sort) {
-    entropic_sort(f, scratch, write);
-  } else if ((f.values[0] - f.values[f.count - 1]) * (kLog2e / f.e) < 500) {
-    entropic_rank<false>(f, scratch, write);
+  if constexpr (sort) {
+    if (stands(f)) hard_sort(f, write);
+    else if (kl) entropic_sort(f, scratch, write);
+    else euclidean<true>(f, scratch, write);
   } else {
-    entropic_rank<true>(f, scratch, write);
+    const double most = std::max(std::fabs(f.values[0]), std::fabs(f.values[f.count - 1]));
+    if (!kl || f.e == 0 || !(most * (kLog2e / f.e) < 0x1p1000)) euclidean<false>(f, scratch, write);
+    else if ((f.values[0] - f.values[f.count - 1]) * (kLog2e / f.e) < 500) entropic_rank<false>(f, scratch, write);
+    else entropic_rank<true>(f, scratch, write);
   }
 }
+
+// Takes ranks: of the k-th finite item in order, or of item i where the row has no others.
+template <class V>
+struct Ranks {
+  const V* values;
+  V* y;
+  const int32_t* order;
+  double sign;
+  bool whole;
+  double value(int64_t i) const { return sign * (double)values[i]; }
+  void at(int64_t i, double rank) const { y[i] = (V)rank; }
+  void operator()(int64_t k, double rank) const { y[order[k] & kPosition] = (V)rank; }
+};
 
 template <class V>
 void forward_row(const Call<V>& call, int64_t row, const void* x, void* out, int32_t* order, int threads,
@@ -246,9 +269,9 @@ void forward_row(const Call<V>& call, int64_t row, const void* x, void* out, int
   const int64_t at = first_item(lists, row), n = count_items(lists, row);
   const uint8_t* const mask = lists.mask ? lists.mask + at : nullptr;
   const bool sort = call.sort, rounded = sort && call.half();
-  const V* const values = call.values(x, at, n, scratch.floats, scratch);
+  const V* const values = call.values(x, at, n, scratch.values);
   order += at;
-  double* const falling = scratch.room(scratch.falling, n);
+  double* const falling = scratch.falling.room<double>(n);
   const int64_t m = sort_row(values, mask, n, call.rising(), threads, order, falling, scratch.sort);
   V* const y = rounded ? const_cast<V*>(values) : (V*)out + at;   // nobody looks at the values any more
   for (int64_t k = m; k < n; ++k) y[sort ? k : order[k]] = 0, order[k] |= kStarts;
@@ -271,9 +294,9 @@ void forward_row(const Call<V>& call, int64_t row, const void* x, void* out, int
     if (f.unit != 1)
       for (int64_t k = 0; k < f.count; ++k) f.values[k] *= f.unit;
     f.e = sort ? f.e / f.unit : f.e * f.unit;
-    if (sort) project(f, true, call.p.kl, scratch, [=](int64_t k, double value) { y[begin + k] = (V)(sign * value); });
-    else project(f, false, call.p.kl, scratch,
-                 [=](int64_t k, double value) { y[f.order[k] & kPosition] = (V)value; });
+    const Ranks<V> ranks = {values, y, f.order, call.rising() ? -1.0 : 1.0, f.count == n};
+    if (sort) project<true>(f, call.p.kl, scratch, [=](int64_t k, double value) { y[begin + k] = (V)(sign * value); });
+    else project<false>(f, call.p.kl, scratch, ranks);
   }
   if constexpr (sizeof(V) == sizeof(float))
     if (rounded) loops().narrow(call.p.dtype, y, (uint16_t*)out + at, n);
@@ -292,7 +315,8 @@ template <class V>
 struct Gradient {
   int64_t m, begin, count;
   const int32_t* order;       // of the finite items
-  const double* falling;      // their +-x; null where nobody asks
+  const V* values;            // of the row
+  double* falling;            // room for their +-x, null where nobody asks
   double* weights;            // kl: exp(s - s of the block's first)
   double* gradients;          // g, in the blocks' order
   double* numbers;            // room for three per item
@@ -306,10 +330,11 @@ struct Gradient {
 template <class V, bool sort, bool kl>
 struct Backward : Gradient<V> {
   using G = Gradient<V>;
-  using G::order, G::falling, G::weights, G::gradients, G::g, G::dx, G::e, G::sign, G::count, G::begin;
+  using G::order, G::values, G::falling, G::weights, G::gradients, G::g, G::dx, G::e, G::sign, G::count, G::begin;
 
   bool starts(int64_t k) const { return started(order[k]) != 0; }
   int64_t position(int64_t k) const { return order[k] & kPosition; }
+  double value(int64_t k) const { return sign * (double)values[position(k)]; }
   double gradient(int64_t k) const { return gradients[k]; }
 
   Sums sums(int64_t from, int64_t to) const {
@@ -343,7 +368,7 @@ struct Backward : Gradient<V> {
       for (int64_t k = from; k < to; ++k) {
         const double change = (gradient(k) - mean) * slope * (kl ? weights[k] : 1);
         dx[position(k)] = (V)(sign * change);
-        if (this->by_strength && change != 0) of_strength -= change * ((falling[k] - falling[first]) * by);
+        if (this->by_strength && change != 0) of_strength -= change * ((falling[k] - value(first)) * by);
       }
     }
     return of_strength;
@@ -410,13 +435,17 @@ struct Backward : Gradient<V> {
     }
     cut.each(this->threads, [&](int64_t i, int64_t first, int64_t end) {
       Piece& own = piece[i];
-      for (int64_t k = first; k < end; ++k) gradients[k] = (double)g[sort ? begin + k : position(k)];
-      if constexpr (kl) {
+      if constexpr (!kl) {
+        for (int64_t k = first; k < end; ++k) gradients[k] = (double)g[sort ? begin + k : position(k)];
+        for (int64_t k = first; k < end && falling; ++k) falling[k] = value(k);
+      } else {
         const double by = kLog2e * (sort ? 1 : std::min(1 / e, std::numeric_limits<double>::max()));
-        int64_t start = own.first;
+        double top = value(own.first);
         for (int64_t k = first; k < end; ++k) {
-          if (starts(k)) start = k;
-          weights[k] = (falling[k] - falling[start]) * by;
+          const double own = value(k);
+          top = starts(k) ? own : top;
+          falling[k] = own, weights[k] = (own - top) * by;
+          gradients[k] = (double)g[sort ? begin + k : position(k)];
         }
         loops().exp2(weights + first, weights + first, end - first);
       }
@@ -459,6 +488,22 @@ struct Backward : Gradient<V> {
   }
 };
 
+// The l2 gradient of a row of one block, in whatever order: by (g - mean g), or that mean where `by` is 0.
+template <class V>
+void only_block(const V* g, V* dx, int64_t n, double by, int threads) {
+  const Pieces cut(n);
+  double part[65] = {}, sum = 0;
+  cut.each(threads, [&](int64_t i, int64_t first, int64_t end) {
+    if constexpr (sizeof(V) == sizeof(float)) part[i] = loops().sum_floats(g + first, end - first);
+    else part[i] = loops().sum(g + first, end - first);
+  });
+  for (int64_t i = 0; i < cut.pieces(); ++i) sum += part[i];
+  const double mean = sum / (double)n;
+  cut.each(threads, [&](int64_t, int64_t first, int64_t end) {
+    for (int64_t i = first; i < end; ++i) dx[i] = (V)(by == 0 ? mean : ((double)g[i] - mean) * by);
+  });
+}
+
 template <class V>
 void backward_row(const Call<V>& call, int64_t row, const void* x, const int32_t* order, const void* g, void* dx,
                   double* dstrength, int threads, Scratch& scratch) {
@@ -469,10 +514,9 @@ void backward_row(const Call<V>& call, int64_t row, const void* x, const int32_t
   order += at;
   int64_t m = n;
   for (int64_t i = 0; i < n && mask; ++i) m -= mask[i] == 0;
-  const V* const values = call.values(x, at, n, scratch.floats, scratch);
-  const V* const incoming = sort ? call.values(g, at, n, scratch.numbers, scratch) : (const V*)g + at;
-  std::vector<double>& kept = scratch.more;
-  V* const out = half ? (V*)scratch.room(kept, n) : (V*)dx + at;
+  const V* const values = call.values(x, at, n, scratch.values);
+  const V* const incoming = sort ? call.values(g, at, n, scratch.gradients) : (const V*)g + at;
+  V* const out = half ? scratch.out.room<V>(n) : (V*)dx + at;
   const auto value = [=](int64_t k) { return (double)values[order[k] & kPosition]; };
   const double e = std::min(call.strength(row), 1e300);
   double of_strength = 0;
@@ -487,20 +531,19 @@ void backward_row(const Call<V>& call, int64_t row, const void* x, const int32_t
     const auto hard = [&](int64_t first, int64_t last) {
       for (int64_t k = first; k < last; ++k) out[order[k] & kPosition] = sort ? incoming[k] : 0;
     };
-    if (e == 0 || loops().negative(order + begin, end - begin) == end - begin) begin = end = m;   // each item a block
+    const int64_t blocks = loops().negative(order + begin, end - begin);
+    if (e == 0 || blocks == end - begin) begin = end = m;   // each item is a block
     hard(0, begin), hard(end, m);
     const bool by_values = kl || (dstrength && !sort);
     const double sign = call.rising() ? -1 : 1;
-    double* const falling = by_values ? scratch.room(scratch.falling, n) : nullptr;
-    if (by_values)
-      Pieces(end - begin).each(threads, [&](int64_t, int64_t first, int64_t last) {
-        for (int64_t k = first; k < last; ++k) falling[k] = sign * value(begin + k);
-      });
-    double* const weights = kl ? scratch.room(scratch.terms, n) : nullptr;
-    const Gradient<V> gradient = {m, begin, end - begin, order + begin, falling, weights, scratch.room(scratch.gradients, n),
-                                  scratch.room(scratch.blocks, 3 * n), incoming, out, e, sign,
+    double* const falling = by_values ? scratch.falling.room<double>(n) : nullptr;
+    double* const weights = kl ? scratch.weights.room<double>(n) : nullptr;
+    const Gradient<V> gradient = {m, begin, end - begin, order + begin, values, falling, weights, scratch.terms.room<double>(n),
+                                  scratch.blocks.room<double>(3 * n), incoming, out, e, sign,
                                   dstrength != nullptr, threads};
-    if (end > begin)
+    if (!kl && !dstrength && blocks == 1 && end - begin == n)
+      only_block(incoming, out, n, sort ? 0 : sign * std::min(1 / e, std::numeric_limits<double>::max()), threads);
+    else if (end > begin)
       of_strength = sort ? (kl ? Backward<V, true, true>{gradient}.run() : Backward<V, true, false>{gradient}.run())
                          : (kl ? Backward<V, false, true>{gradient}.run() : Backward<V, false, false>{gradient}.run());
   }

@@ -97,7 +97,8 @@ int64_t negative_row(const int32_t* numbers, int64_t count) {
   return all;
 }
 
-double sum_row(const double* gradients, int64_t count) {
+template <class Number>
+double sum_row(const Number* gradients, int64_t count) {
   double sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < count; ++i) sum += gradients[i];
@@ -115,7 +116,7 @@ void weighted_row(const double* weights, const double* gradients, int64_t count,
 
 extern const PermutahedronLoops permutahedron_loops;
 const PermutahedronLoops permutahedron_loops = {widen_row, narrow_row, exp2_row, exp2_wide_row,
-                                                   gaps_row,  negative_row, sum_row,  weighted_row};
+                                                   gaps_row,  negative_row, sum_row<double>, sum_row<float>, weighted_row};
 
 }  // namespace FL_ISA
 }  // namespace fl

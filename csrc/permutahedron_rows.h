@@ -17,6 +17,7 @@ struct PermutahedronLoops {
   int64_t (*negative)(const int32_t* numbers, int64_t count);
   // Sums of the gradients, of the weights, and of their products.
   double (*sum)(const double* gradients, int64_t count);
+  double (*sum_floats)(const float* gradients, int64_t count);
   void (*weighted)(const double* weights, const double* gradients, int64_t count, double* of_weights, double* of_both);
 };
 

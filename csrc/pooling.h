@@ -102,6 +102,13 @@ class Pooling {
     for (int64_t piece = 1; piece < (int64_t)runs_.size(); ++piece) join(rule, piece);
   }
 
+  // The one block of all items; null where there are several.
+  const Block* only(int64_t count) const {
+    const Run& last = runs_.back();
+    const Block* const block = slots_ + last.end - 1;
+    return last.first < last.end && (int64_t)block->count == count ? block : nullptr;
+  }
+
   // work(block, from, to): every block that has items among first to end, and which these are.
   template <class Work>
   void each(int64_t first, int64_t end, const Work& work) const {

@@ -85,10 +85,12 @@ struct Passes {
 // Returns where the sorted pairs are: in `pairs` or in `other`.
 template <class T, int bits>
 void* sort_pairs(typename Radix<T>::Pair* pairs, typename Radix<T>::Pair* other, int64_t m, int pieces,
-                 std::vector<uint32_t>& counts) {
+                 Buffer& counts) {
   using All = Passes<T, bits>;
-  counts.assign((size_t)pieces * All::count * All::size, 0);
-  All all = {pairs, other, m, pieces, counts.data()};
+  const int64_t all_counts = (int64_t)pieces * All::count * All::size;
+  uint32_t* const zeros = counts.room<uint32_t>(all_counts);
+  std::fill(zeros, zeros + all_counts, 0);
+  All all = {pairs, other, m, pieces, zeros};
   all.run(std::make_integer_sequence<int, All::count>());
   return all.pairs;
 }
@@ -97,9 +99,8 @@ void* sort_pairs(typename Radix<T>::Pair* pairs, typename Radix<T>::Pair* other,
 template <class T>
 int64_t sort_masked(const T* values, const uint8_t* mask, int64_t n, bool rising, int threads, int32_t* order,
                     double* sorted, SortScratch& scratch) {
-  if ((int64_t)scratch.positions.size() < n) scratch.positions.resize(n), scratch.values.resize(n);
-  int32_t* const positions = scratch.positions.data();
-  T* const some = reinterpret_cast<T*>(scratch.values.data());
+  int32_t* const positions = scratch.positions.room<int32_t>(n);
+  T* const some = scratch.values.room<T>(n);
   int64_t m = 0;
   for (int64_t i = 0; i < n; ++i) positions[m] = (int32_t)i, some[m] = values[i], m += mask[i] != 0;
   sort_row(some, nullptr, m, rising, threads, order, sorted, scratch);
@@ -117,9 +118,7 @@ int64_t sort_row(const T* values, const uint8_t* mask, int64_t n, bool rising, i
   using Pair = typename Radix<T>::Pair;
   if (mask) return sort_masked(values, mask, n, rising, threads, order, sorted, scratch);
   if (n <= kFew) return loops<T>().sort_few(values, rising, (int32_t)n, order, sorted), n;
-  const size_t words = sizeof(Pair) / sizeof(uint64_t);
-  if (scratch.pairs.size() < 2 * words * n) scratch.pairs.resize(2 * words * n);
-  Pair* const pairs = reinterpret_cast<Pair*>(scratch.pairs.data());
+  Pair* const pairs = scratch.pairs.room<Pair>(2 * n);
   const int pieces = n >= kForThreads ? threads : 1;
   each_piece(n, pieces, [=](int, int64_t first, int64_t end) { loops<T>().pairs_of(values, rising, first, end, pairs); });
   const void* const done = n < kMany ? sort_pairs<T, 8>(pairs, pairs + n, n, pieces, scratch.counts)

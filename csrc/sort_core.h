@@ -2,16 +2,42 @@
 #pragma once
 #include <stdint.h>
 
-#include <vector>
+#include <cstdlib>
+#include <new>
 
 namespace fl {
 
+// Memory that grows and is never cleared: what no row has written to costs nothing.
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(const Buffer&) = delete;
+  ~Buffer() { std::free(data_); }
+  template <class Number>
+  Number* room(int64_t count) {
+    const size_t bytes = (size_t)count * sizeof(Number);
+    if (bytes > bytes_) {
+      clear();
+      data_ = std::malloc(bytes);
+      if (!data_) throw std::bad_alloc();
+      bytes_ = bytes;
+    }
+    return static_cast<Number*>(data_);
+  }
+  size_t bytes() const { return bytes_; }
+  void clear() {
+    std::free(data_);
+    data_ = nullptr, bytes_ = 0;
+  }
+
+ private:
+  void* data_ = nullptr;
+  size_t bytes_ = 0;
+};
+
 // Scratch memory of one thread's sorts, kept from row to row.
 struct SortScratch {
-  std::vector<uint64_t> pairs;
-  std::vector<uint32_t> counts;
-  std::vector<int32_t> positions;
-  std::vector<double> values;
+  Buffer pairs, counts, positions, values;
 };
 
 // order[0..m): positions, 0 to n - 1, of the m items that count (mask null: all n), in falling order of value, or in rising
