@@ -118,7 +118,7 @@ double unit_of(const Falling& f) {
 template <class Pool, class Of, class At, class Write>
 void each_item(const Falling& f, const Pool& pooling, Scratch& scratch, const Of& of, const At& at, const Write& write) {
   using Numbers = decltype(of(typename Pool::Block()));
-  Numbers* const all = scratch.numbers.template room<Numbers>(f.count);
+  Numbers* const all = scratch.numbers.room<Numbers>(f.count);
   Pieces(f.count).each(f.threads, [&](int64_t, int64_t first, int64_t end) {
     Numbers* next = all + first;
     pooling.each(first, end, [&](const typename Pool::Block& block, int64_t from, int64_t) {
