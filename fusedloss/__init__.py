@@ -1,6 +1,6 @@
 """fusedloss: losses over large score matrices that are never stored."""
 
-from . import distributed, nn, spherical, statistics
+from . import distributed, nn, ranking, spherical, statistics
 from ._version import __version__
 from .information import info
 from .losses import class_counts
