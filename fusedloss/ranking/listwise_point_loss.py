@@ -1,5 +1,6 @@
 """The pointwise loss that RankT5 compares the listwise ones with."""
 
+import torch
 from torch import Tensor
 
 from ..numerics import softplus
@@ -18,7 +19,7 @@ def listwise_point_loss(lists, scores, relevance):
 
 def reference(scores: Tensor, relevance: Tensor) -> Tensor:
     """The loss of one list (n,), densely."""
-    return (scores.exp().log1p() - relevance * scores).sum()
+    return (torch.logaddexp(scores, torch.zeros_like(scores)) - relevance * scores).sum()
 
 
 CASES = ({},)

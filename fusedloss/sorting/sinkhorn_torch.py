@@ -64,7 +64,7 @@ class Relaxed:
 
     def gradient(self, left: list[Tensor], right: list[Tensor]) -> Tensor:
         """∂/∂scores, falling, of Σ_ij P_ij (Σ left_i right_j), left and right being constants."""
-        new = torch.cat([self.here[:, :1], self.t[:, 1:] != self.t[:, :-1]], 1)  # where other scores begin
+        new = torch.cat([self.here[:, :1], self.t[:, 1:] != self.t[:, :-1]], 1) | ~self.here  # where other scores begin
         first = torch.where(new, self.place, 0).cummax(1).values
         final = torch.cat([new[:, 1:], torch.ones_like(new[:, :1])], 1)
         last = torch.where(final, self.place, len(self.place)).flip(1).cummin(1).values.flip(1)
