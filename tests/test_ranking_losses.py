@@ -43,7 +43,7 @@ def of_reference(module, scores, relevance, **case):
     return values.reshape(scores.shape[:-1]), gradients.reshape(scores.shape)
 
 
-# --- against the reference ---------------------------------------------------------------------------------------------
+# --- against the reference -------------------------------------------------------------------------------------------
 
 
 @every_case
@@ -84,7 +84,7 @@ def test_huge_scores(module, case, backend):
         assert right.isfinite().all() and (got - right).abs().max() <= 1e-9 * right.abs().max() + 1e-12
 
 
-# --- lists by mask and by offsets --------------------------------------------------------------------------------------
+# --- lists by mask and by offsets ------------------------------------------------------------------------------------
 
 
 @every_case
@@ -152,7 +152,7 @@ def test_no_number_leaks_to_other_lists(module, case, backend):
         torch.testing.assert_close(got[::2], truth[::2], rtol=1e-12, atol=1e-14)
 
 
-# --- what list_loss adds -----------------------------------------------------------------------------------------------
+# --- what list_loss adds ---------------------------------------------------------------------------------------------
 
 
 @every_loss
@@ -221,7 +221,7 @@ def test_signature(module, case):
     assert "list_weight" in function_of(module).__doc__ and "20" in function_of(module).__doc__  # the year of a paper
 
 
-# --- derivatives -------------------------------------------------------------------------------------------------------
+# --- derivatives -----------------------------------------------------------------------------------------------------
 
 
 @every_case
@@ -252,7 +252,7 @@ def test_compiles_whole(module, case):
             torch.testing.assert_close(got, right)
 
 
-# --- modules -----------------------------------------------------------------------------------------------------------
+# --- modules ---------------------------------------------------------------------------------------------------------
 
 
 def test_every_loss_has_a_module():

@@ -13,12 +13,14 @@ ABSENT = -1e30  # the score of an item that is masked out: adds exactly 0, and u
 def list_mle_loss(lists, scores, relevance, *, shuffle_ties: bool = False, generator: torch.Generator | None = None):
     """ListMLE: L = Σ_k (log Σ_{m≥k} e^{s_(m)} − s_(k)), (k) being the k-th item in falling order of relevance.
 
-    Items of equal relevance stand in their given order, or with ``shuffle_ties`` in a random one (from ``generator``). The
-    sum over an item and all that follow it is a running log-sum-exp: O(n) after the sort; with offsets, O(n log n).
+    Items of equal relevance stand in their given order, or with ``shuffle_ties`` in a random one (from
+    ``generator``). The sum over an item and all that follow it is a running log-sum-exp: O(n) after the sort; with
+    offsets, O(n log n).
 
     Fen Xia, Tie-Yan Liu, Jue Wang, Wensheng Zhang and Hang Li, "Listwise Approach to Learning to Rank: Theory and
-    Algorithm", ICML 2008. allRank always shuffles ties, and adds 1e-10 to sums relative to the list's largest score, which
-    end 23 below it: [0, −200, −201] in the right order but for the first cost it 354.9 instead of 1.313; this form does not.
+    Algorithm", ICML 2008. allRank always shuffles ties, and adds 1e-10 to sums relative to the list's largest score,
+    which end 23 below it: [0, −200, −201] in the right order but for the first cost it 354.9 instead of 1.313; this
+    form does not.
     """
     order = falling(lists, relevance, shuffle_ties, generator)
     return lists.sum(order_losses(lists, scores, order))
@@ -26,7 +28,7 @@ def list_mle_loss(lists, scores, relevance, *, shuffle_ties: bool = False, gener
 
 def falling(lists: Lists, values: Tensor, shuffle_ties: bool = False, generator=None) -> Tensor:
     """Positions of flat values by list, those masked out last in theirs, falling, ties in given or in random order."""
-    keys = [values] if lists.mask is None else [torch.where(lists.mask, values, -torch.inf), lists.mask.to(values.dtype)]
+    keys = [values] if lists.mask is None else [values, lists.mask.to(values.dtype)]
     if lists.offsets is not None:
         keys.append(-lists.row)
     if shuffle_ties:

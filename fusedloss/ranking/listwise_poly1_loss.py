@@ -10,11 +10,13 @@ from .listwise_softmax_loss import relevance_of, softmax_terms
 
 @list_loss
 def listwise_poly1_loss(lists, scores, relevance, *, epsilon: float = 1.0, normalized: bool = False):
-    """Listwise Poly-1: L = −Σ_i r_i log p_i + ε Σ_i r_i (1 − p_i), p = softmax(s); ``normalized``: r / Σr in place of r.
+    """Listwise Poly-1: L = −Σ_i r_i log p_i + ε Σ_i r_i (1 − p_i), p = softmax(s).
 
-    Honglei Zhuang et al., "RankT5: Fine-Tuning T5 for Text Ranking with Ranking Losses", 2022, arXiv 2210.10634; Zhaoqi
-    Leng et al., "PolyLoss", ICLR 2022, arXiv 2204.12511. Rax and TF-Ranking normalise r in the second sum (TF-Ranking in
-    both, which is ``normalized`` here): the same for one relevant item. The paper's form is followed.
+    With ``normalized``, r / Σr in place of r.
+
+    Honglei Zhuang et al., "RankT5: Fine-Tuning T5 for Text Ranking with Ranking Losses", 2022, arXiv 2210.10634;
+    Zhaoqi Leng et al., "PolyLoss", ICLR 2022, arXiv 2204.12511. Rax and TF-Ranking normalise r in the second sum
+    (TF-Ranking in both, which is ``normalized`` here): the same for one relevant item. The paper's form is followed.
     """
     check_constant("listwise_poly1_loss", "epsilon", epsilon)
     relevance = relevance_of(lists, relevance, normalized)

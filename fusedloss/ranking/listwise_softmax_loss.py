@@ -8,11 +8,13 @@ from .list_loss import list_loss
 
 @list_loss
 def listwise_softmax_loss(lists, scores, relevance, *, normalized: bool = False):
-    """Listwise softmax: L = −Σ_i r_i log softmax(s)_i; with ``normalized``, r / Σr in place of r (0 of a list without any).
+    """Listwise softmax: L = −Σ_i r_i log softmax(s)_i.
+
+    With ``normalized``, r / Σr in place of r. Where r is 0 any score is fine, −inf too.
 
     Honglei Zhuang, Zhen Qin, Rolf Jagerman, Kai Hui, Ji Ma, Jing Lu, Jianmo Ni, Xuanhui Wang and Michael Bendersky,
-    "RankT5: Fine-Tuning T5 for Text Ranking with Ranking Losses", 2022, arXiv 2210.10634. Rax takes the labels as they are,
-    as here by default; TF-Ranking normalises them, and weighs each list by their sum.
+    "RankT5: Fine-Tuning T5 for Text Ranking with Ranking Losses", 2022, arXiv 2210.10634. Rax takes the labels as
+    they are, as here by default; TF-Ranking normalises them, and weighs each list by their sum.
     """
     return lists.sum(softmax_terms(lists, scores, relevance_of(lists, relevance, normalized)))
 

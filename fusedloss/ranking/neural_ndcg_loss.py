@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from ..checks import check_constant, expect
-from ..lists import Lists
 from ..sorting.sinkhorn import neural_ndcg
 from .list_loss import list_loss
+from .noise import copies, gumbel, positive_scores
 
 
 @list_loss
@@ -37,55 +37,37 @@ def neural_ndcg_loss(
     reduction="mean" is over the lists whose ideal DCG is above 0; the others have loss 0. A NaN or infinite score makes
     its list NaN. ``transposed`` is accepted and changes nothing: it names another way to sum the same number.
 
-    stochastic: the mean over ``n_samples`` orders, of scores with Gumbel noise times ``beta`` (from ``generator``); with
-    ``log_scores``, of log(s + |min s| + 1e-10).
+    stochastic: the mean over ``n_samples`` orders, of scores with Gumbel noise times ``beta`` (from ``generator``);
+    with ``log_scores``, of log(s + |min s| + 1e-10).
 
-    Przemysław Pobrotyn and Radosław Białobrzeski, "NeuralNDCG: Direct Optimisation of a Ranking Metric via Differentiable
-    Relaxation of Sorting", 2021, arXiv 2102.07831; Aditya Grover et al., "Stochastic Optimization of Sorting Networks via
-    Continuous Relaxations", ICLR 2019, arXiv 1903.08850. The authors' code (allRank) ends Sinkhorn for all lists of a batch
-    at once (always after 50 iterations where there is padding), and takes min s over the batch: here a list's loss does
-    not depend on its neighbours; tolerance=0 is the same in both. Its transposed form divides 2^r − 1 gains out of raw
-    ones, and its stochastic form mixes up the lists of a batch with padding: neither is followed.
+    Przemysław Pobrotyn and Radosław Białobrzeski, "NeuralNDCG: Direct Optimisation of a Ranking Metric via
+    Differentiable Relaxation of Sorting", 2021, arXiv 2102.07831; Aditya Grover et al., "Stochastic Optimization of
+    Sorting Networks via Continuous Relaxations", ICLR 2019, arXiv 1903.08850. The authors' code (allRank) ends
+    Sinkhorn for all lists of a batch at once (always after 50 iterations where there is padding), and takes min s
+    over the batch: here a list's loss does not depend on its neighbours; tolerance=0 is the same in both. Its
+    transposed form divides 2^r − 1 gains out of raw ones, and its stochastic form mixes up the lists of a batch with
+    padding: neither is followed.
     """
     name = "neural_ndcg_loss"
     check_constant(name, "tau", tau, 0, above=True)
     check_constant(name, "tolerance", tolerance, 0)
     check_constant(name, "max_iterations", max_iterations, 0)
     expect(k is None or k >= 1, name, "k", "at least 1, or None", k)
-    gains = torch.exp2(relevance) - 1 if powered_relevancies else relevance
+    gains = relevance
+    if powered_relevancies:  # relative to 2^max r: any relevance is safe, and the ratio is the same
+        top = lists.spread(lists.max(relevance).clamp(min=0))
+        gains = torch.exp2(relevance - top) - torch.exp2(-top)
     if not stochastic:
         ndcg, ideal = neural_ndcg(lists, scores, gains, tau, k or 0, max_iterations, tolerance)
         return -ndcg, ideal > 0
     check_constant(name, "n_samples", n_samples, 1)
-    uniform = torch.rand((n_samples, *scores.shape), generator=generator, dtype=scores.dtype, device=scores.device)
-    gumbel = -(-(uniform + 1e-10).log() + 1e-10).log()
-    noisy = (positive_scores(lists, scores).log() if log_scores else scores) + beta * gumbel
+    center = positive_scores(lists, scores).log() if log_scores else scores
+    noisy = center + beta * gumbel((n_samples, *scores.shape), scores, generator)
+    gains = gains.expand(noisy.shape).flatten(0, 1)
     ndcg, ideal = neural_ndcg(
-        copies(lists, n_samples), noisy.flatten(0, 1), gains.repeat(n_samples, *[1] * (gains.dim() - 1)), tau, k or 0,
-        max_iterations, tolerance,
+        copies(lists, n_samples), noisy.flatten(0, 1), gains, tau, k or 0, max_iterations, tolerance
     )
-    return -ndcg.view(n_samples, -1).mean(0), ideal[: lists.rows] > 0
-
-
-def positive_scores(lists: Lists, scores: Tensor) -> Tensor:
-    """s + |min s| + 1e-10 of each list, by which a smallest score below 0 is a constant: its gradient is exactly 0."""
-    least = -lists.max(-scores)
-    at_least = (scores == lists.spread(least)) if lists.mask is None else (scores == lists.spread(least)) & lists.mask
-    shares = at_least / lists.spread(lists.sum(at_least.to(scores.dtype)))
-    low = lists.spread(lists.sum(scores * shares.detach()))
-    shifted = torch.where(at_least & (scores <= 0), 0.0, scores + low.abs()) + 1e-10
-    return shifted if lists.mask is None else torch.where(lists.mask, shifted, 1.0)
-
-
-def copies(lists: Lists, count: int) -> Lists:
-    """All lists `count` times, one set after the other."""
-    mask = None if lists.mask is None else lists.mask.repeat(count, *[1] * (lists.mask.dim() - 1))
-    if lists.offsets is None:
-        return Lists(torch.Size((count * lists.rows, lists.shape[lists.dim])), 1, mask)
-    step, items = lists.offsets[1:], lists.shape[0]
-    starts = torch.arange(count, device=step.device).unsqueeze(1) * items
-    offsets = torch.cat([lists.offsets[:1], (starts + step).flatten()])
-    return Lists(torch.Size((count * items,)), 0, mask, offsets)
+    return -ndcg.view(n_samples, lists.rows).mean(0), ideal[: lists.rows] > 0
 
 
 def reference(

@@ -14,9 +14,9 @@ def p_list_mle_loss(lists, scores, relevance, *, shuffle_ties: bool = False, gen
     (k) is the k-th item in falling order of relevance, n the list's own length. Items of equal relevance stand in their
     given order, or with ``shuffle_ties`` in a random one (from ``generator``).
 
-    Yanyan Lan, Yadong Zhu, Jiafeng Guo, Shuzi Niu and Xueqi Cheng, "Position-Aware ListMLE: A Sequential Learning Process
-    for Ranking", UAI 2014. The paper has w_k = 2^{n−k} − 1, which leaves the last two items' order out; the weights here are
-    those of sentence-transformers, made relative to 2^n, so that no list is too long for them.
+    Yanyan Lan, Yadong Zhu, Jiafeng Guo, Shuzi Niu and Xueqi Cheng, "Position-Aware ListMLE: A Sequential Learning
+    Process for Ranking", UAI 2014. The paper weighs by 2^{n−k} − 1; the weights here
+    are those of sentence-transformers, taken relative to 2^n, so that no list is too long for them.
     """
     order = falling(lists, relevance, shuffle_ties, generator)
     losses = order_losses(lists, scores, order)

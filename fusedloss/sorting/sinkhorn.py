@@ -19,10 +19,12 @@ _op = torch.ops.fusedloss
 
 torch.library.define(
     "fusedloss::neural_ndcg",
-    "(Tensor scores, Tensor gains, Tensor? mask, Tensor? offsets, float tau, int k, int max_iterations, float tolerance,"
-    " bool gradient) -> (Tensor, Tensor, Tensor)",  # NDCG and ideal DCG of each list, ∂NDCG/∂scores or nothing
+    "(Tensor scores, Tensor gains, Tensor? mask, Tensor? offsets, float tau, int k, int max_iterations, "
+    "float tolerance, bool gradient) -> (Tensor, Tensor, Tensor)",  # each list's NDCG and ideal DCG, ∂NDCG/∂scores
 )
-torch.library.define("fusedloss::neural_ndcg_backward", "(Tensor grad, Tensor dscores, Tensor scores, Tensor? offsets) -> Tensor")
+torch.library.define(
+    "fusedloss::neural_ndcg_backward", "(Tensor grad, Tensor dscores, Tensor scores, Tensor? offsets) -> Tensor"
+)
 
 
 def neural_ndcg(
@@ -44,7 +46,7 @@ def _rows(scores: Tensor, offsets: Tensor | None) -> int:
 @torch.library.impl("fusedloss::neural_ndcg", "CompositeExplicitAutograd")
 def _neural_ndcg(scores, gains, mask, offsets, tau, k, max_iterations, tolerance, gradient):
     rows = _rows(scores, offsets)
-    if engine(scores.device, "cpu") != "cpu" or mask is not None and mask.dtype != torch.bool:
+    if engine(scores.device, "cpu") != "cpu":
         found = relaxed_ndcg(scores, gains, mask, offsets, tau, k, max_iterations, tolerance, gradient)
         return tuple(x.contiguous() for x in found)
     scores, gains = scores.contiguous(), gains.contiguous()
@@ -89,7 +91,7 @@ def _differentiate(ctx, grad, _ideal, _dscores):
 
 
 def _refuse(ctx, *_):
-    raise RuntimeError("neural_ndcg_loss: has no second derivative; what create_graph=True made cannot be differentiated")
+    raise RuntimeError("neural_ndcg_loss: has no second derivative: what create_graph=True made is a constant")
 
 
 torch.library.register_autograd("fusedloss::neural_ndcg", _differentiate, setup_context=_keep)

@@ -81,7 +81,9 @@ class Relaxed:
         return (2 * moments + to.gather(1, first) - after) / self.tau
 
 
-def relaxed_ndcg(scores, gains, mask, offsets, tau, k, max_iterations, tolerance, gradient) -> tuple[Tensor, Tensor, Tensor]:
+def relaxed_ndcg(
+    scores, gains, mask, offsets, tau, k, max_iterations, tolerance, gradient
+) -> tuple[Tensor, Tensor, Tensor]:
     """What the op `neural_ndcg` returns, of flat scores and gains."""
     lists = Lists(scores.shape, scores.dim() - 1, mask, offsets)
     (s, g), keep, items = padded(lists, scores, gains)
@@ -99,7 +101,7 @@ def relaxed_ndcg(scores, gains, mask, offsets, tau, k, max_iterations, tolerance
     ideal = (torch.where(p.here, best, 0.0) * discount).sum(1)
     g = torch.where(p.here, g.gather(1, order), 0.0)
 
-    u = v = one = p.here.to(s.dtype)
+    u = v = p.here.to(s.dtype)
     us, vs, live = [u], [], [torch.ones_like(count, dtype=torch.bool)]  # live: the lists that take the next step
     sums = p.transposed_times(u) if max_iterations else None
     for _ in range(max_iterations):
