@@ -22,6 +22,7 @@ namespace {
 constexpr int64_t kPiece = 16;                      // blocks whose sums over rows are taken together
 constexpr int64_t kStored = int64_t(8) << 20;       // bytes of P to keep; of more, reading costs what computing does
 constexpr int64_t kLong = 2048;                     // lists that are worth several threads
+constexpr int64_t kMany = int64_t(1) << 14;         // entries of all P that are
 
 template <class T> double cutoff_of() { return sizeof(T) == 4 ? 24 : 48; }
 inline int64_t round_up(int64_t x, int64_t to) { return divide_up(x, to) * to; }
@@ -222,8 +223,9 @@ class Lists {
 
   int run() {
     const bool across = o_.lists.rows >= omp_get_max_threads() || longest_ < kLong;
+    const bool many = o_.lists.rows > 1 && all_items(o_.lists) * longest_ >= kMany;
     int bad = 0;
-#pragma omp parallel for schedule(dynamic) if (across && o_.lists.rows > 1) reduction(| : bad)
+#pragma omp parallel for schedule(dynamic) if (across && many) reduction(| : bad)
     for (int64_t row = 0; row < o_.lists.rows; ++row) {
       try {
         one(row, !across);
