@@ -1,9 +1,12 @@
 """ListMLE: the Plackett–Luce likelihood of the order in which the relevance puts the items."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from ..lists import Lists
+from ..sorting.running import running_logsumexp
 from .list_loss import list_loss
 
 ABSENT = -1e30  # the score of an item that is masked out: adds exactly 0, and unlike −inf its gradient is no NaN
@@ -14,16 +17,15 @@ def list_mle_loss(lists, scores, relevance, *, shuffle_ties: bool = False, gener
     """ListMLE: L = Σ_k (log Σ_{m≥k} e^{s_(m)} − s_(k)), (k) being the k-th item in falling order of relevance.
 
     Items of equal relevance stand in their given order, or with ``shuffle_ties`` in a random one (from
-    ``generator``). The sum over an item and all that follow it is a running log-sum-exp: O(n) after the sort; with
-    offsets, O(n log n).
+    ``generator``). The sum over an item and all that follow it is a running log-sum-exp: O(n) after the sort.
 
     Fen Xia, Tie-Yan Liu, Jue Wang, Wensheng Zhang and Hang Li, "Listwise Approach to Learning to Rank: Theory and
     Algorithm", ICML 2008. allRank always shuffles ties, and adds 1e-10 to sums relative to the list's largest score,
     which end 23 below it: [0, −200, −201] in the right order but for the first cost it 354.9 instead of 1.313; this
     form does not.
     """
-    order = falling(lists, relevance, shuffle_ties, generator)
-    return lists.sum(order_losses(lists, scores, order))
+    ordered, losses = choices(lists, scores, falling(lists, relevance, shuffle_ties, generator))
+    return ordered.sum(losses)
 
 
 def falling(lists: Lists, values: Tensor, shuffle_ties: bool = False, generator=None) -> Tensor:
@@ -33,31 +35,22 @@ def falling(lists: Lists, values: Tensor, shuffle_ties: bool = False, generator=
         keys.append(-lists.row)
     if shuffle_ties:
         keys.insert(0, torch.rand(values.shape, generator=generator, device=values.device))
-    order = torch.arange(values.shape[-1], device=values.device).expand(values.shape)
-    for key in keys:  # the last one first: all sorts are stable
-        order = order.gather(-1, key.gather(-1, order).sort(dim=-1, descending=True, stable=True).indices)
+    order = None
+    for key in keys:  # the last counts most: all sorts are stable
+        found = (key if order is None else key.gather(-1, order)).sort(dim=-1, descending=True, stable=True).indices
+        order = found if order is None else order.gather(-1, found)
     return order
 
 
-def order_losses(lists: Lists, scores: Tensor, order: Tensor) -> Tensor:
-    """−log of the probability of each choice, flat, back at the item chosen; 0 where masked out."""
-    present = scores if lists.mask is None else torch.where(lists.mask, scores, ABSENT)
-    chosen = present.gather(-1, order)
-    losses = running_logsumexp(lists, chosen) - chosen
-    losses = torch.zeros_like(losses).scatter(-1, order, losses)
-    return losses if lists.mask is None else torch.where(lists.mask, losses, 0.0)
-
-
-def running_logsumexp(lists: Lists, values: Tensor) -> Tensor:
-    """log Σ e^v of each item and those behind it in its list."""
-    if lists.offsets is None:
-        return values.flip(-1).logcumsumexp(-1).flip(-1)
-    step, place, last = 1, torch.arange(len(values), device=values.device), lists.offsets[1:][lists.row]
-    while step < len(values):  # each item has the sum of `step` items; take the next step's along
-        further = values.roll(-step)
-        values = torch.where(place + step < last, torch.logaddexp(values, further), values)
-        step *= 2
-    return values
+def choices(lists: Lists, scores: Tensor, order: Tensor) -> tuple[Lists, Tensor]:
+    """−log of the probability of each choice, in `order`, 0 of what is masked out; and lists as those lie."""
+    if lists.mask is None:
+        chosen = scores.gather(-1, order)
+        return lists, running_logsumexp(chosen, lists.offsets) - chosen
+    present = lists.mask.gather(-1, order)
+    chosen = torch.where(present, scores.gather(-1, order), ABSENT)
+    losses = torch.where(present, running_logsumexp(chosen, lists.offsets) - chosen, 0.0)
+    return replace(lists, mask=present), losses
 
 
 def reference(scores: Tensor, relevance: Tensor, **_) -> Tensor:

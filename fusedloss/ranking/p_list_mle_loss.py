@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .list_loss import list_loss
-from .list_mle_loss import falling, order_losses
+from .list_mle_loss import choices, falling
 
 
 @list_loss
@@ -18,14 +18,13 @@ def p_list_mle_loss(lists, scores, relevance, *, shuffle_ties: bool = False, gen
     Process for Ranking", UAI 2014. The paper weighs by 2^{n−k} − 1; the weights here
     are those of sentence-transformers, taken relative to 2^n, so that no list is too long for them.
     """
-    order = falling(lists, relevance, shuffle_ties, generator)
-    losses = order_losses(lists, scores, order)
-    place = torch.arange(scores.shape[-1], device=scores.device, dtype=scores.dtype)
+    ordered, losses = choices(lists, scores, falling(lists, relevance, shuffle_ties, generator))
+    place = torch.arange(scores.shape[-1], device=scores.device)
     if lists.offsets is not None:
         place = place - lists.offsets[:-1][lists.row]
-    place = torch.zeros_like(scores).scatter(-1, order, place.expand_as(scores))
-    weight = torch.exp2(-place) - lists.spread(torch.exp2(-lists.count(scores)))
-    return lists.sum(losses * weight) / lists.sum(weight).clamp(min=torch.finfo(scores.dtype).tiny)
+    weight = torch.exp2(-place.to(scores.dtype)) - lists.spread(torch.exp2(-lists.count(scores)))
+    weight = weight.expand(scores.shape)
+    return ordered.sum(losses * weight) / ordered.sum(weight).clamp(min=torch.finfo(scores.dtype).tiny)
 
 
 def reference(scores: Tensor, relevance: Tensor, **_) -> Tensor:
