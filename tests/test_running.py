@@ -58,4 +58,5 @@ def test_op_contract():
     for given in ((x, OFFSETS), (torch.randn(3, 4, requires_grad=True), None), (torch.zeros(0, 4), None)):
         torch.library.opcheck(op.running_logsumexp, given, test_utils=checks)
     flat = x.detach()
-    torch.library.opcheck(op.running_logsumexp_backward, (flat, flat, plain(flat, OFFSETS), OFFSETS), test_utils=checks[:2])
+    given = flat, flat, plain(flat, OFFSETS), OFFSETS
+    torch.library.opcheck(op.running_logsumexp_backward, given, test_utils=checks[:2])
