@@ -16,6 +16,7 @@ void add_spherical(py::module_& m);
 void add_permutahedron(py::module_& m);
 void add_permutation(py::module_& m);
 void add_sinkhorn(py::module_& m);
+void add_running(py::module_& m);
 void add_networks(py::module_& m);
 void add_laplace(py::module_& m);
 void add_threshold(py::module_& m);
@@ -257,6 +258,7 @@ PYBIND11_MODULE(_native, m) {
   add_permutahedron(m);
   add_permutation(m);
   add_sinkhorn(m);
+  add_running(m);
   add_networks(m);
   add_laplace(m);
   add_threshold(m);

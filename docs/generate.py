@@ -10,11 +10,13 @@ from unittest import mock
 import torch
 
 import fusedloss
+from fusedloss import ranking
 from fusedloss.losses import LOSSES, PAIR_LOSSES, function_of, hyperparameters, name_of, pair_arguments
 
 README = Path(__file__).parent.parent / "README.md"
 LOSSES_PAGE = Path(__file__).parent / "losses.md"
 BEGIN, END = "<!-- losses: begin -->", "<!-- losses: end -->"
+OF_LISTS = {"mask", "offsets", "list_weight"}
 COMMON = {"weight", "row_weight", "ignore_index", "reduction", "size_average", "reduce"}
 HEAD = """# Losses
 
@@ -40,6 +42,16 @@ docstring says so).
 |---|---|---|---|---|---|---|
 """
 
+LIST_HEAD = """
+## Lists
+
+`fusedloss.ranking`: of scores s and relevance r of the items of each list, along the last dimension; also `mask`,
+`offsets`, `list_weight` and `reduction`. n is the number of a list's own items.
+
+| loss | formula | arguments | papers |
+|---|---|---|---|
+"""
+
 
 def formula(documentation: str) -> str:
     """The first formula of a docstring: from "L =" to the end of its sentence or line."""
@@ -49,7 +61,7 @@ def formula(documentation: str) -> str:
 
 
 def options(function, first: int = 2) -> str:
-    found = [p for p in list(inspect.signature(function).parameters.values())[first:] if p.name not in COMMON]
+    found = [p for p in list(inspect.signature(function).parameters.values())[first:] if p.name not in COMMON | OF_LISTS]
     shown = [f"{p.name}" if p.default is p.empty else f"{p.name}={p.default!r}" for p in found]
     return ", ".join(f"`{text}`" for text in shown)
 
@@ -97,9 +109,18 @@ def row(module, passes: list[set[str]], *of: str, first: int = 2) -> str:
     return f"| {' | '.join((*cells, names, str(len(passes)), papers(documentation)))} |\n"
 
 
+def list_row(module) -> str:
+    function = function_of(module)
+    documentation = inspect.getdoc(function)
+    cells = f"`{name_of(module)}`", formula(documentation), options(function), papers(documentation)
+    return f"| {' | '.join(cells)} |\n"
+
+
 def table() -> str:
     pairs = [row(m, first_pair_case(m), m.SCORES, first=1) for m in PAIR_LOSSES]
-    return HEAD + "".join(row(m, first_case(m)) for m in LOSSES) + PAIR_HEAD + "".join(pairs)
+    lists = [list_row(m) for m in ranking.losses()]
+    losses = [row(m, first_case(m)) for m in LOSSES]
+    return "".join((HEAD, *losses, PAIR_HEAD, *pairs, LIST_HEAD, *lists))
 
 
 def readme() -> str:

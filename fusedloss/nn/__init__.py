@@ -8,6 +8,11 @@ Those between embeddings make their scores themselves, and keep what is learned 
 loss = fusedloss.nn.TripletLoss(margin=0.1)
 loss(x, label)
 
+Those on lists take scores and their relevance, and a mask or offsets where the lists are not of one length.
+
+loss = fusedloss.nn.NeuralNDCGLoss(k=10)
+loss(scores, relevance, mask=mask)
+
 Soft sort and soft rank are no losses, but have a strength that may be learned: SoftSort, SoftRank.
 """
 
@@ -31,6 +36,15 @@ from ..losses.squared_error_loss import squared_error_loss
 from ..losses.squentropy import squentropy
 from ..losses.taylor_softmax_loss import taylor_softmax_loss
 from .linear_cross_entropy import LinearCrossEntropyLoss
+from .list_loss import (
+    ListMLELoss,
+    ListNetLoss,
+    ListwisePointLoss,
+    ListwisePoly1Loss,
+    ListwiseSoftmaxLoss,
+    NeuralNDCGLoss,
+    PListMLELoss,
+)
 from .loss import Loss
 from .pair import (
     AUCLoss,

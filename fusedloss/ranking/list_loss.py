@@ -23,7 +23,8 @@ over all lists (a list without items has loss 0 and counts; each list counts onc
 def list_loss(function: Callable) -> Callable:
     """Make a public loss of ``function(lists, scores, relevance, **options) -> (rows,)``.
 
-    The function sees flat fp32 or fp64 scores and relevance (`Lists` says how they lie), 0 in place of padding.
+    The function sees flat fp32 or fp64 scores and relevance (`Lists` says how they lie), 0 in place of padding. It may
+    return a second number for each list, how much the list counts in a mean: the mean is then over their sum.
     """
     name = function.__name__
     parameters = list(inspect.signature(function).parameters.values())
@@ -40,14 +41,17 @@ def list_loss(function: Callable) -> Callable:
         expect(relevance.shape == scores.shape, name, "relevance", f"shape {tuple(scores.shape)}", relevance)
         expect(relevance.device == scores.device, name, "relevance", f"on {scores.device}", relevance.device)
         wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
-        losses = function(lists, lists.clean(scores).to(wide), lists.clean(relevance).to(wide), **options)
+        found = function(lists, lists.clean(scores).to(wide), lists.clean(relevance).to(wide), **options)
+        losses, counts = found if isinstance(found, tuple) else (found, None)
         if list_weight is not None:
             expect(list_weight.shape == lists.leading, name, "list_weight", f"shape {tuple(lists.leading)}", list_weight)
             losses = losses * list_weight.reshape(-1).to(wide)
         if reduction == "none":
             return losses.reshape(lists.leading)
         total = losses.sum()
-        return total / max(1, lists.rows) if reduction == "mean" else total
+        if reduction == "sum":
+            return total
+        return total / (max(1, lists.rows) if counts is None else counts.to(wide).sum().clamp(min=1))
 
     keyword = inspect.Parameter.KEYWORD_ONLY
     common = [("mask", None), ("offsets", None), ("list_weight", None), ("reduction", "mean")]

@@ -1,0 +1,77 @@
+"""Modules of the ranking losses: lists of scores, their relevance, and which of them count."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ..ranking.list_mle_loss import list_mle_loss
+from ..ranking.listnet_loss import listnet_loss
+from ..ranking.listwise_point_loss import listwise_point_loss
+from ..ranking.listwise_poly1_loss import listwise_poly1_loss
+from ..ranking.listwise_softmax_loss import listwise_softmax_loss
+from ..ranking.neural_ndcg_loss import neural_ndcg_loss
+from ..ranking.p_list_mle_loss import p_list_mle_loss
+from .loss import Loss
+
+# What a batch brings; all other parameters of a loss are its module's.
+OF_BATCH = ("scores", "relevance", "mask", "offsets", "list_weight")
+
+
+class ListLoss(Loss):
+    """Base of the modules on lists: ``class ListNetLoss(ListLoss, of=listnet_loss)``.
+
+    Constructor, by name: the function's parameters but those of a batch, which are given in the call.
+    """
+
+    def __init_subclass__(cls, of: Callable[..., Tensor] | None = None, **more: object):
+        super().__init_subclass__(**more)
+        if of is None:
+            return
+        cls.function = staticmethod(of)
+        kept = [p for p in inspect.signature(of).parameters.values() if p.name not in OF_BATCH]
+        cls.__signature__ = inspect.Signature(kept)
+        call = "forward(scores, relevance, *, mask=None, offsets=None, list_weight=None)"
+        cls.__doc__ = f"`fusedloss.ranking.{of.__name__}` as a module: {call}.\n\n{inspect.getdoc(of)}"
+
+    def forward(
+        self,
+        scores: Tensor,
+        relevance: Tensor,
+        *,
+        mask: Tensor | None = None,
+        offsets: Tensor | None = None,
+        list_weight: Tensor | None = None,
+    ) -> Tensor:
+        options = {name: getattr(self, name) for name in self.names}
+        return self.function(scores, relevance, mask=mask, offsets=offsets, list_weight=list_weight, **options)
+
+
+class ListNetLoss(ListLoss, of=listnet_loss):
+    pass
+
+
+class ListMLELoss(ListLoss, of=list_mle_loss):
+    pass
+
+
+class PListMLELoss(ListLoss, of=p_list_mle_loss):
+    pass
+
+
+class ListwiseSoftmaxLoss(ListLoss, of=listwise_softmax_loss):
+    pass
+
+
+class ListwisePoly1Loss(ListLoss, of=listwise_poly1_loss):
+    pass
+
+
+class ListwisePointLoss(ListLoss, of=listwise_point_loss):
+    pass
+
+
+class NeuralNDCGLoss(ListLoss, of=neural_ndcg_loss):
+    pass
