@@ -37,6 +37,10 @@ from ..losses.squentropy import squentropy
 from ..losses.taylor_softmax_loss import taylor_softmax_loss
 from .linear_cross_entropy import LinearCrossEntropyLoss
 from .list_loss import (
+    ADRMSELoss,
+    ApproxNDCGLoss,
+    KendallLoss,
+    LambdaLoss,
     ListMLELoss,
     ListNetLoss,
     ListwisePointLoss,
@@ -44,6 +48,8 @@ from .list_loss import (
     ListwiseSoftmaxLoss,
     NeuralNDCGLoss,
     PListMLELoss,
+    RankNetLoss,
+    SpearmanLoss,
 )
 from .loss import Loss
 from .pair import (

@@ -7,13 +7,21 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ..ranking.list_mle_loss import list_mle_loss
-from ..ranking.listnet_loss import listnet_loss
-from ..ranking.listwise_point_loss import listwise_point_loss
-from ..ranking.listwise_poly1_loss import listwise_poly1_loss
-from ..ranking.listwise_softmax_loss import listwise_softmax_loss
-from ..ranking.neural_ndcg_loss import neural_ndcg_loss
-from ..ranking.p_list_mle_loss import p_list_mle_loss
+from ..ranking import (
+    adr_mse_loss,
+    approx_ndcg_loss,
+    kendall_loss,
+    lambda_loss,
+    list_mle_loss,
+    listnet_loss,
+    listwise_point_loss,
+    listwise_poly1_loss,
+    listwise_softmax_loss,
+    neural_ndcg_loss,
+    p_list_mle_loss,
+    ranknet_loss,
+    spearman_loss,
+)
 from .loss import Loss
 
 # What a batch brings; all other parameters of a loss are its module's.
@@ -74,4 +82,28 @@ class ListwisePointLoss(ListLoss, of=listwise_point_loss):
 
 
 class NeuralNDCGLoss(ListLoss, of=neural_ndcg_loss):
+    pass
+
+
+class ADRMSELoss(ListLoss, of=adr_mse_loss):
+    pass
+
+
+class ApproxNDCGLoss(ListLoss, of=approx_ndcg_loss):
+    pass
+
+
+class KendallLoss(ListLoss, of=kendall_loss):
+    pass
+
+
+class LambdaLoss(ListLoss, of=lambda_loss):
+    pass
+
+
+class RankNetLoss(ListLoss, of=ranknet_loss):
+    pass
+
+
+class SpearmanLoss(ListLoss, of=spearman_loss):
     pass
