@@ -7,14 +7,15 @@ from torch import Tensor
 
 from ..checks import check_constant, check_number, expect, fixed
 from ..lists import lists_of
-from .comparators import DISTRIBUTIONS, KINDS
 from . import network_ops  # noqa: F401: defines the operators
+from .comparators import DISTRIBUTIONS, KINDS
+from .relaxed_permutation import RelaxedPermutation
 
 _op = torch.ops.fusedloss
 NAME = "SortingNetwork"
 
 
-class SortingNetwork:
+class SortingNetwork(RelaxedPermutation):
     """Numbers sorted by a network of relaxed comparators, and the relaxed permutation P that does it.
 
     A comparator on a and b, of share α = F(β (b − a)), puts α a + (1 − α) b on the wire of the smaller and
@@ -30,8 +31,8 @@ class SortingNetwork:
     steepness: β > 0, a number or a 0-dimensional tensor, with gradient. art_lambda: for logistic_phi alone.
     descending: the largest number first.
 
-    ``net.sorted``: the values' shape and type. ``net @ v`` and ``net.T @ u``: v has the values' shape, or is (…, n, c),
-    c numbers to each item (the leading shape is that of the values without `dim`). ``net.dense()``: P, (…, n, n).
+    ``net.sorted``: the values' shape and type. ``net @ v`` and ``net.T @ u``: v has the values' shape, or that and a last
+    dimension of several columns. ``net.dense()``: P, (…, n, n). Products of half precision are fp32.
     Nothing of size n² is kept: n/2 numbers per layer are, and products send v through the comparators again, forwards
     or backwards. ±inf are sorted hard and have no gradient; NaN spreads. Derivatives of any order; the second ones take
     the plain PyTorch formula, which keeps every layer.
@@ -53,64 +54,26 @@ class SortingNetwork:
         descending: bool = False,
         dim: int = -1,
     ) -> None:
-        self._lists = lists_of(NAME, values, dim)
+        self.lists = lists_of(NAME, values, dim)
         expect(values.is_floating_point(), NAME, "values", "a floating-point tensor", values.dtype, TypeError)
         expect(kind in KINDS, NAME, "kind", f"one of {list(KINDS)}", kind)
         expect(distribution in DISTRIBUTIONS, NAME, "distribution", f"one of {list(DISTRIBUTIONS)}", distribution)
         check_number(NAME, "steepness", steepness, 0, above=True)
         check_constant(NAME, "art_lambda", art_lambda, 0, 1)
-        self._dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
+        self.device = values.device
+        self.dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
         if not isinstance(steepness, Tensor):
             steepness = torch.full((), fixed(steepness), dtype=torch.float64, device="cpu")
         self._given = steepness, (kind, descending, distribution, float(fixed(art_lambda)))
         steepness, spec = self._given
-        flat, self._gaps = _op.network_sort(self._lists.flat(values).to(self._dtype), steepness, None, *spec)
-        self.sorted = self._lists.shaped(flat).to(values.dtype)
-
-    @property
-    def T(self) -> Transposed:
-        """Pᵀ, for ``net.T @ u``."""
-        return Transposed(self)
-
-    def __matmul__(self, v: Tensor) -> Tensor:
-        return self._through(v, self._product)
-
-    def dense(self) -> Tensor:
-        """P (…, n, n), rows = places, columns = items, in the type of `net.sorted`; n² numbers."""
-        n, rows = self._lists.shape[self._lists.dim], self._lists.rows
-        eye = torch.eye(n, dtype=self._dtype, device=self._gaps.device).expand(rows, n, n)
-        return self._product(eye).reshape(*self._lists.leading, n, n).to(self.sorted.dtype)
+        flat, self._gaps = _op.network_sort(self.lists.flat(values).to(self.dtype), steepness, None, *spec)
+        self.sorted = self.lists.shaped(flat).to(values.dtype)
 
     def _product(self, v: Tensor) -> Tensor:
         """(rows, n, c) → P v."""
         steepness, spec = self._given
-        return _op.network_push(self._gaps, steepness, v, False, *spec)
+        return _op.network_push(self._gaps.to(v.dtype), steepness, v, False, *spec)
 
     def _transposed_product(self, u: Tensor) -> Tensor:
         steepness, spec = self._given
-        return _op.network_push(self._gaps, steepness, u, True, *spec)
-
-    def _through(self, v: Tensor, product) -> Tensor:
-        lists = self._lists
-        expect(isinstance(v, Tensor), NAME, "v", "a tensor", type(v).__name__, TypeError)
-        if v.dim() == len(lists.shape):
-            expect(v.shape == lists.shape, NAME, "v", f"shape {tuple(lists.shape)}", v)
-            return lists.shaped(product(lists.flat(v).to(self._dtype).unsqueeze(2)).squeeze(2)).to(v.dtype)
-        n = lists.shape[lists.dim]
-        right = v.dim() == len(lists.shape) + 1 and v.shape[:-1] == (*lists.leading, n)
-        expect(right, NAME, "v", f"shape {tuple(lists.shape)} or {(*lists.leading, n, 'c')}", v)
-        flat = v.reshape(lists.rows, n, v.shape[-1]).to(self._dtype)
-        return product(flat).reshape(v.shape).to(v.dtype)
-
-
-class Transposed:
-    """The transpose of a network's permutation matrix, which is not made."""
-
-    def __init__(self, net: SortingNetwork) -> None:
-        self.T = net
-
-    def __matmul__(self, u: Tensor) -> Tensor:
-        return self.T._through(u, self.T._transposed_product)
-
-    def dense(self) -> Tensor:
-        return self.T.dense().mT
+        return _op.network_push(self._gaps.to(u.dtype), steepness, u, True, *spec)
