@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -54,11 +53,16 @@ class Lists:
 
     # --- sums over each list, (rows,), of flat values -----------------------------------------------------------------
 
-    @cached_property
+    @property
     def row(self) -> Tensor:
         """With offsets: the list of each item."""
-        lengths = self.offsets.diff()
-        return torch.repeat_interleave(lengths, output_size=self.shape[0])
+        # Kept, but not by functools.cached_property, whose lock torch.compile cannot trace through.
+        kept = None if torch.compiler.is_compiling() else self.__dict__.get("_row")
+        if kept is None:
+            kept = torch.repeat_interleave(self.offsets.diff(), output_size=self.shape[0])
+            if not torch.compiler.is_compiling():
+                self.__dict__["_row"] = kept
+        return kept
 
     def spread(self, numbers: Tensor) -> Tensor:
         """One number per list (rows,) at each of its items; by broadcasting where there are no offsets."""

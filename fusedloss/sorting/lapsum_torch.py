@@ -104,8 +104,8 @@ class Ordered:
 
     def threshold(self, k: Tensor, row: Tensor):
         """(above, upper, lower, P, Q, items next to it) of csrc/laplace.cpp for targets k in lists `row`, both rising."""
+        sums = (self.place + 0.5 - 0.5 * self.above + 0.5 * self.below + self.start[self.row]).detach()
         with torch.no_grad():
-            sums = self.place + 0.5 - 0.5 * self.above + 0.5 * self.below + self.start[self.row]
             above = torch.searchsorted(sums, (k + self.start[row]).contiguous(), right=True) - self.start[row]
             above = torch.minimum(torch.maximum(above, self.first[row]), self.end[row])
             has_upper, has_lower = above > self.first[row], above < self.end[row]
