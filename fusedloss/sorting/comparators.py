@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -59,12 +60,20 @@ KINDS: dict[str, Callable] = {"odd_even": odd_even, "bitonic": bitonic}
 
 
 @lru_cache(maxsize=64)
+def layers_of(kind: str, n: int) -> tuple[tuple[tuple[int, int], ...], ...]:
+    return tuple(tuple(layer) for layer in KINDS[kind](n))
+
+
+def count(kind: str, n: int) -> int:
+    """Of comparators; no tensor is made, which may be one without data here and must not be kept."""
+    return sum(map(len, layers_of(kind, n)))
+
+
+@lru_cache(maxsize=64)
 def network(kind: str, n: int, descending: bool) -> Network:
-    layers = KINDS[kind](n)
+    layers = layers_of(kind, n)
     pairs = [pair[::-1] if descending else pair for layer in layers for pair in layer]
-    first = [0]
-    for layer in layers:
-        first.append(first[-1] + len(layer))
+    first = [0, *accumulate(map(len, layers))]
     pairs = torch.tensor(pairs, dtype=torch.int32, device="cpu").reshape(-1, 2)
     return Network(n, *(w.contiguous() for w in pairs.unbind(1)), torch.tensor(first, dtype=torch.int64, device="cpu"))
 
@@ -98,25 +107,27 @@ class Comparator:
     distribution: str
     art_lambda: float
 
+    def _curve(self, gaps: Tensor, steepness: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        most = torch.finfo(gaps.dtype).max
+        return DISTRIBUTIONS[self.distribution]((steepness * u).to(gaps.dtype).clamp(-most, most))
+
     def share(self, gaps: Tensor, steepness: Tensor) -> Tensor:
         """1 − F(steepness · gap): 0 of a gap of +inf, 1 of −inf."""
         d = torch.where(gaps.isinf(), 0.0, gaps)
-        size = d.abs() + 1e-10
-        u = d * size ** (-self.art_lambda) if self.distribution == "logistic_phi" else d
-        rest = DISTRIBUTIONS[self.distribution]((steepness * u).to(gaps.dtype))[0]
+        u = d * (d.abs() + 1e-10) ** (-self.art_lambda) if self.distribution == "logistic_phi" else d
+        rest = self._curve(gaps, steepness, u)[0]
         return torch.where(gaps.isinf(), (gaps < 0).to(rest.dtype), rest)
 
     def slopes(self, gaps: Tensor, steepness: Tensor) -> tuple[Tensor, Tensor]:
         """The derivatives of F(steepness · gap) in the gap and in the steepness."""
-        d, one = torch.where(gaps.isinf(), 0.0, gaps), 1.0
-        u = d
+        d = torch.where(gaps.isinf(), 0.0, gaps)
+        u, du = d, torch.ones_like(d)
         if self.distribution == "logistic_phi":
             size = d.abs() + 1e-10
-            one = size ** (-self.art_lambda) * (1 - self.art_lambda * d.abs() / size)
-            u = d * size ** (-self.art_lambda)
-        density = DISTRIBUTIONS[self.distribution]((steepness * u).to(gaps.dtype))[1]
-        density = torch.where(gaps.isinf(), 0.0, density)
-        return (density * steepness * one).to(gaps.dtype), (density * u).to(gaps.dtype)
+            du = size ** (-self.art_lambda)
+            u, du = d * du, du * (1 - self.art_lambda * d.abs() / size)
+        density = torch.where(gaps.isinf(), 0.0, self._curve(gaps, steepness, u)[1])
+        return (density * steepness * du).to(gaps.dtype), (density * u).to(gaps.dtype)
 
 
 # --- the plain meaning ---------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from functools import cached_property
 
 import torch
@@ -11,7 +12,18 @@ from ..checks import expect
 from ..lists import Lists
 
 
-class RelaxedPermutation:
+class Matrix:
+    """What stands on the left of `@`. To torch.compile that is a function of tensors, which loses their order."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, arguments=(), options=None):
+        if function not in (operator.matmul, torch.matmul, torch.Tensor.matmul) or not torch.compiler.is_compiling():
+            return NotImplemented
+        first, second = arguments
+        return first.__matmul__(second) if isinstance(first, cls) else second.__matmul__(first)
+
+
+class RelaxedPermutation(Matrix):
     """A matrix P of each list: rows are places, columns are items, each row sums to 1. It stands for the permutation that
     sorts the list, and is differentiable.
 
@@ -78,7 +90,7 @@ class RelaxedPermutation:
         return found if several else found.squeeze(-1)
 
 
-class Transposed:
+class Transposed(Matrix):
     """Pᵀ of a relaxed permutation P."""
 
     def __init__(self, permutation: RelaxedPermutation):
