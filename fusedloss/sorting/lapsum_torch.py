@@ -173,11 +173,11 @@ def sort_backward(o: Ordered, upstream: Tensor, descending: bool) -> tuple[Tenso
 
 
 def top_k(o: Ordered, k: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    if len(o.y) == 0:
+        return o.y.reshape(o.shape).to(dtype), k.new_zeros(o.rows, 4)
     row = torch.arange(o.rows, device=k.device)
     held = torch.minimum(torch.maximum(k, o.first.double()), o.end.double())
     above, upper, lower, _, _, upper_item, lower_item = o.threshold(held, row)
-    if len(o.y) == 0:
-        return o.y.reshape(o.shape).to(dtype), k.new_zeros(o.rows, 4)
     ends = torch.where(above > o.first, o.y[upper_item], torch.inf), torch.where(above < o.end, o.y[lower_item], -torch.inf)
     over = o.place < above[o.row]
     apart = torch.where(over, o.y - o.y[upper_item][o.row], o.y[lower_item][o.row] - o.y) / o.alpha
