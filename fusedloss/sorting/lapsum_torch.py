@@ -48,7 +48,8 @@ class Ordered:
         self.order, self.place, self.live = order, where - start[self.row], counts[order]
         y = flat.index_select(0, order).double()
         self.nan = self.per_list(self.live & y.isnan()) > 0
-        self.top, self.finite = self.live & (y == torch.inf), self.live & y.isfinite()
+        sound = self.live & ~self.nan[self.row]
+        self.top, self.finite = sound & (y == torch.inf), sound & y.isfinite()
         self.count, self.first = self.per_list(self.live), self.per_list(self.top)
         self.end = self.first + self.per_list(self.finite)  # places [first, end) of each list are finite
         self.alpha = alpha.double().index_select(0, self.row)
