@@ -1,4 +1,4 @@
-"""Differentiable sorting networks: against 0/1 matrices, diffsort's numbers, fp64; as operators; GroCo's golden number."""
+"""Differentiable sorting networks against matrices and diffsort's numbers, as operators; GroCo's golden number."""
 
 import itertools
 
@@ -18,18 +18,54 @@ every_distribution = pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 # diffsort 0.2.0: of [0.3, -1.2, 2, 0.1, 0.25] at steepness 3, the sorted numbers and the gradient of
 # sum_i i sorted_i + sum_ij X_ij sin(5 i + j), X its second result.
 DIFFSORT = {
-    ("odd_even", "cauchy"): ([-0.888490542, 0.050305020, 0.265438399, 0.336855072, 1.685892052], [2.018803983, 0.151009020, 4.115744534, 1.670172624, 2.044269840]),
-    ("odd_even", "logistic"): ([-1.137462537, 0.164180269, 0.222194249, 0.225957188, 1.975130831], [2.337445879, -0.088066963, 4.181854650, 1.855021011, 1.713745423]),
-    ("odd_even", "logistic_phi"): ([-1.111402041, 0.141602965, 0.229747026, 0.241991193, 1.948060857], [2.516406289, -0.049210314, 4.226724509, 1.652070106, 1.654009409]),
-    ("odd_even", "gaussian"): ([-1.199941388, 0.191000631, 0.227900001, 0.231041029, 1.999999727], [2.550731701, -0.000396838, 4.000013086, 1.794171274, 1.655480778]),
-    ("odd_even", "reciprocal"): ([-0.573612818, -0.107849125, 0.337336032, 0.481276635, 1.312849276], [1.464174861, 0.402550538, 3.962259129, 1.853849780, 2.317165691]),
-    ("odd_even", "optimal"): ([-1.137500000, 0.120833333, 0.259137988, 0.270028678, 1.937500000], [3.114474845, 0.042802178, 4.029218912, 0.919185566, 1.894318499]),
-    ("bitonic", "cauchy"): ([-0.783318821, 0.224509852, 0.232256248, 0.300466293, 1.476086428], [2.182690422, 0.309767741, 4.170056743, 1.723013567, 1.614471528]),
-    ("bitonic", "logistic"): ([-1.137037303, 0.181885801, 0.189711011, 0.247311031, 1.968129460], [2.651244762, -0.014486795, 4.243738300, 1.645714949, 1.473788785]),
-    ("bitonic", "logistic_phi"): ([-1.109704179, 0.177888188, 0.192534356, 0.259312029, 1.929969607], [2.730727639, 0.007525930, 4.327978423, 1.435551347, 1.498216662]),
-    ("bitonic", "gaussian"): ([-1.199941440, 0.184352430, 0.203525291, 0.262063993, 1.999999726], [2.809674811, 0.000068933, 4.000010140, 1.683391861, 1.506854255]),
-    ("bitonic", "reciprocal"): ([-0.324805948, 0.245132126, 0.305697608, 0.360282439, 0.863693774], [1.590051289, 0.815289170, 3.807594167, 1.889909796, 1.897155578]),
-    ("bitonic", "optimal"): ([-1.116666667, 0.162500000, 0.225833333, 0.282500000, 1.895833333], [3.033962897, 0.062195195, 4.039472026, 1.061188666, 1.803181216]),
+    ("odd_even", "cauchy"): (
+        [-0.888490542, 0.050305020, 0.265438399, 0.336855072, 1.685892052],
+        [2.018803983, 0.151009020, 4.115744534, 1.670172624, 2.044269840],
+    ),
+    ("odd_even", "logistic"): (
+        [-1.137462537, 0.164180269, 0.222194249, 0.225957188, 1.975130831],
+        [2.337445879, -0.088066963, 4.181854650, 1.855021011, 1.713745423],
+    ),
+    ("odd_even", "logistic_phi"): (
+        [-1.111402041, 0.141602965, 0.229747026, 0.241991193, 1.948060857],
+        [2.516406289, -0.049210314, 4.226724509, 1.652070106, 1.654009409],
+    ),
+    ("odd_even", "gaussian"): (
+        [-1.199941388, 0.191000631, 0.227900001, 0.231041029, 1.999999727],
+        [2.550731701, -0.000396838, 4.000013086, 1.794171274, 1.655480778],
+    ),
+    ("odd_even", "reciprocal"): (
+        [-0.573612818, -0.107849125, 0.337336032, 0.481276635, 1.312849276],
+        [1.464174861, 0.402550538, 3.962259129, 1.853849780, 2.317165691],
+    ),
+    ("odd_even", "optimal"): (
+        [-1.137500000, 0.120833333, 0.259137988, 0.270028678, 1.937500000],
+        [3.114474845, 0.042802178, 4.029218912, 0.919185566, 1.894318499],
+    ),
+    ("bitonic", "cauchy"): (
+        [-0.783318821, 0.224509852, 0.232256248, 0.300466293, 1.476086428],
+        [2.182690422, 0.309767741, 4.170056743, 1.723013567, 1.614471528],
+    ),
+    ("bitonic", "logistic"): (
+        [-1.137037303, 0.181885801, 0.189711011, 0.247311031, 1.968129460],
+        [2.651244762, -0.014486795, 4.243738300, 1.645714949, 1.473788785],
+    ),
+    ("bitonic", "logistic_phi"): (
+        [-1.109704179, 0.177888188, 0.192534356, 0.259312029, 1.929969607],
+        [2.730727639, 0.007525930, 4.327978423, 1.435551347, 1.498216662],
+    ),
+    ("bitonic", "gaussian"): (
+        [-1.199941440, 0.184352430, 0.203525291, 0.262063993, 1.999999726],
+        [2.809674811, 0.000068933, 4.000010140, 1.683391861, 1.506854255],
+    ),
+    ("bitonic", "reciprocal"): (
+        [-0.324805948, 0.245132126, 0.305697608, 0.360282439, 0.863693774],
+        [1.590051289, 0.815289170, 3.807594167, 1.889909796, 1.897155578],
+    ),
+    ("bitonic", "optimal"): (
+        [-1.116666667, 0.162500000, 0.225833333, 0.282500000, 1.895833333],
+        [3.033962897, 0.062195195, 4.039472026, 1.061188666, 1.803181216],
+    ),
 }  # fmt: skip
 
 
@@ -54,7 +90,7 @@ def gradient_of(x, upstream, *outputs):
     return torch.autograd.grad(sum((o * u).sum() for o, u in zip(outputs, upstream)), x, retain_graph=True)[0]
 
 
-# --- what networks are ---------------------------------------------------------------------------------------------------
+# --- what networks are -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.host
@@ -90,7 +126,7 @@ def test_numbers_of_diffsort(kind, distribution, backend):
     assert (found - gradient).abs().max() < (1e-6 if distribution == "gaussian" else 2e-9)
 
 
-# --- values and derivatives ------------------------------------------------------------------------------------------------
+# --- values and derivatives ------------------------------------------------------------------------------------------
 
 
 @every_kind
@@ -132,7 +168,8 @@ def test_float32(kind, distribution, backend):
 def test_products_are_those_of_the_matrix(kind, channels, backend):
     x = torch.randn(2, 3, 10, dtype=F64, requires_grad=True)
     net = SortingNetwork(x, kind)
-    p, v, w = net.dense(), torch.randn(2, 3, 10, channels, dtype=F64, requires_grad=True), torch.randn(channels, dtype=F64)
+    v, w = torch.randn(2, 3, 10, channels, dtype=F64, requires_grad=True), torch.randn(channels, dtype=F64)
+    p = net.dense()
     ones = torch.ones(2, 3, 10, dtype=F64)
     for sums in (p.sum(-1), p.sum(-2), net @ ones, net.T @ ones):
         torch.testing.assert_close(sums, ones)
@@ -178,7 +215,7 @@ def test_a_long_way_back(backend):
     close(gradient_of(x, (w,), net @ v), gradient_of(x, (w,), net.dense() @ v), 1e-10)
 
 
-# --- layouts, types, extremes ----------------------------------------------------------------------------------------------
+# --- layouts, types, extremes ----------------------------------------------------------------------------------------
 
 
 @every_kind
@@ -246,7 +283,7 @@ def test_large(backend):
     assert x.grad.isfinite().all()
 
 
-# --- as operators ------------------------------------------------------------------------------------------------------------
+# --- as operators ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.unpoisoned
@@ -304,7 +341,7 @@ def test_errors(arguments, expected):
         SortingNetwork(torch.arange(3))
 
 
-# --- GroCo -------------------------------------------------------------------------------------------------------------------
+# --- GroCo -----------------------------------------------------------------------------------------------------------
 
 
 def test_gro_co_golden(backend):
@@ -330,9 +367,11 @@ def test_gro_co_takes_the_hardest_negatives_whatever_the_order(backend):
 
 
 def test_gro_co_derivatives_and_errors(backend):
-    scores, relevance = torch.randn(2, 6, dtype=F64, requires_grad=True), torch.tensor([[0, 1, 0, 2, 0, 0], [0, 0, 0, 0, 0, 1]])
+    scores = torch.randn(2, 6, dtype=F64, requires_grad=True)
+    relevance = torch.tensor([[0, 1, 0, 2, 0, 0], [0, 0, 0, 0, 0, 1]])
     beta = torch.tensor(2.0, dtype=F64, requires_grad=True)
     function = lambda s, b: gro_co_loss(s, relevance, k=2, steepness=b)
-    assert gradcheck(function, (scores, beta), fast_mode=True) and gradgradcheck(function, (scores, beta), fast_mode=True)
+    for check in (gradcheck, gradgradcheck):
+        assert check(function, (scores, beta), fast_mode=True)
     with pytest.raises(ValueError, match="gro_co_loss: k"):
         gro_co_loss(scores, relevance, k=0)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_constant, check_number, expect
-from ..sorting import group_ordering  # noqa: F401: defines the operator
+from ..sorting import group_ordering  # noqa: F401 (defines the operators)
 from ..sorting.comparators import DISTRIBUTIONS
 from .list_loss import list_loss
 
@@ -14,16 +14,17 @@ NAME = "gro_co_loss"
 
 @list_loss
 def gro_co_loss(lists, scores, relevance, k: int = 10, steepness: float | Tensor = 1.0, distribution: str = "cauchy"):
-    """GroCo, group ordering constraints: L = mean_i BCE(p_i, [i positive]), p_i the part of item i that a differentiable
-    odd-even network sorts to one of the last P places.
+    """GroCo, group ordering constraints: L = mean_i BCE(p_i, [i positive]), p_i the part of item i that a
+    differentiable odd-even network sorts to one of the last P places.
 
     Items of relevance > 0 are the P positives of a list (an anchor), all others its negatives. The network sorts all
-    positives and the k negatives of largest score (fewer where there are fewer), which stand before it in rising order,
-    group by group; the mean is over these items, so lists of different lengths count alike. A list of negatives only, or
-    of positives only, has loss 0. scores: similarities, cosines in the paper. steepness β > 0 (a number or a
-    0-dimensional tensor, with gradient) and distribution: those of `fusedloss.sorting.SortingNetwork`. Time and memory are
-    quadratic in k + P, whatever the length of the list: one channel goes through the network, no matrix is made. A
-    logarithm below −100 counts as −100, as in torch's binary cross-entropy. Derivatives of any order.
+    positives and the k negatives of largest score (fewer where there are fewer), which stand before it in rising
+    order, group by group; the mean is over these items, so lists of different lengths count alike. A list of
+    negatives only, or of positives only, has loss 0. scores: similarities, cosines in the paper. steepness β > 0 (a
+    number or a 0-dimensional tensor, with gradient) and distribution: those of `fusedloss.sorting.SortingNetwork`.
+    Time and memory are quadratic in k + P, whatever the length of the list: one channel goes through the network, no
+    matrix is made. A logarithm below −100 counts as −100, as in torch's binary cross-entropy. Derivatives of any
+    order.
 
     Nina Shvetsova, Felix Petersen, Anna Kukleva, Bernt Schiele and Hilde Kuehne, "Learning by Sorting: Self-supervised
     Learning with Group Ordering Constraints", ICCV 2023, arXiv 2301.02009. The official code averages the losses of the
@@ -39,7 +40,7 @@ def gro_co_loss(lists, scores, relevance, k: int = 10, steepness: float | Tensor
     positive = relevance > 0
     part = torch.ops.fusedloss.group_ordering(scores, steepness, positive, lists.mask, lists.offsets, k, distribution)
     target = positive.to(scores.dtype)
-    losses = F.binary_cross_entropy(part.clamp(0, 1), target, reduction="none")  # 0 of negatives that are not among the k
+    losses = F.binary_cross_entropy(part.clamp(0, 1), target, reduction="none")  # 0 of negatives not among the k
     positives = lists.sum(target)
     items = positives + (lists.count(scores) - positives).clamp(max=k)
     return lists.sum(losses) / items.clamp(min=1)

@@ -78,7 +78,7 @@ def network(kind: str, n: int, descending: bool) -> Network:
     return Network(n, *(w.contiguous() for w in pairs.unbind(1)), torch.tensor(first, dtype=torch.int64, device="cpu"))
 
 
-# --- the share 1 − F(v) that a comparator exchanges, and the density F'(v) ---------------------------------------------
+# --- the share 1 − F(v) that a comparator exchanges, and the density F'(v) -------------------------------------------
 
 
 def _optimal(v: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,7 +130,7 @@ class Comparator:
         return (density * steepness * du).to(gaps.dtype), (density * u).to(gaps.dtype)
 
 
-# --- the plain meaning ---------------------------------------------------------------------------------------------------
+# --- the plain meaning -----------------------------------------------------------------------------------------------
 
 
 def _mixed(x: Tensor, low: Tensor, high: Tensor, amount: Tensor) -> Tensor:
@@ -154,7 +154,9 @@ def sort(x: Tensor, steepness: Tensor, active: Tensor | None, net: Network, comp
     return x, torch.cat(all_gaps, 1)
 
 
-def sort_backward(gaps: Tensor, steepness: Tensor, dsorted: Tensor, dgaps: Tensor, net: Network, comparator: Comparator):
+def sort_backward(
+    gaps: Tensor, steepness: Tensor, dsorted: Tensor, dgaps: Tensor, net: Network, comparator: Comparator
+) -> tuple[Tensor, Tensor]:
     """∂L/∂x (rows, wires) and ∂L/∂steepness (rows,) float64."""
     share = comparator.share(gaps, steepness)
     slope, by_steepness = comparator.slopes(gaps, steepness)
@@ -180,7 +182,7 @@ def push(gaps: Tensor, steepness: Tensor, v: Tensor, transposed: bool, net: Netw
 def push_backward(
     gaps: Tensor, steepness: Tensor, v: Tensor, transposed: bool, dout: Tensor, net: Network, comparator: Comparator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """∂L/∂gaps, ∂L/∂steepness (rows,) float64, ∂L/∂v. Channels in groups: what a group leaves for its way back is small."""
+    """∂L/∂gaps, ∂L/∂steepness (rows,) float64, ∂L/∂v. Channels in groups: what one leaves for its way back is small."""
     share = comparator.share(gaps, steepness).unsqueeze(2)
     steps = net.steps(gaps.device, transposed)
     per_channel = max(1, len(gaps) * net.comparators * gaps.element_size())

@@ -1,7 +1,8 @@
 """How much of each item a sorting network brings to the places of the positives, as one operator.
 
-Of each list the k largest negatives and all positives, both in rising order, stand on the wires of an odd-even network; the
-positives' places are the last ones. The indicator of those places goes backwards through it: one channel, no matrix.
+Of each list the k largest negatives and all positives, both in rising order, stand on the wires of an odd-even
+network; the positives' places are the last ones. The indicator of those places goes backwards through it: one
+channel, no matrix.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import network_ops  # noqa: F401: defines the operators
+from . import network_ops  # noqa: F401 (defines the operators)
 from .derivatives import plain_gradients
 
 _op = torch.ops.fusedloss
@@ -40,7 +41,8 @@ class Wires:
         order = scores.reshape(-1).detach().argsort(stable=True)
         order = order[group[order].argsort(stable=True)]
         order = order[row[order].argsort(stable=True)]
-        negatives, positives = (torch.zeros(rows, dtype=torch.int64, device=device).index_add(0, row, (group == g).long()) for g in (0, 1))
+        zero = torch.zeros(rows, dtype=torch.int64, device=device)
+        negatives, positives = (zero.index_add(0, row, (group == g).long()) for g in (0, 1))
         place = where - start[row] - (negatives - k).clamp(min=0)[row]
         self.negatives = negatives.clamp(max=k)
         self.count = self.negatives + positives

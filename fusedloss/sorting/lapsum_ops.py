@@ -50,7 +50,7 @@ def _filled(x: Tensor, layout: tuple) -> tuple[Tensor, ...]:
 
 
 def _define(name: str, forward, backward):
-    """The rank's or the sort's operators; forward(ordered, x, descending) and backward(ordered, upstream, descending)."""
+    """Operators of the rank or the sort, by forward(ordered, x, descending), backward(ordered, upstream, descending)."""
     op_name, native = f"fusedloss::lapsum_{name}", f"lapsum_{name}"
 
     def compute(x, *layout):
@@ -70,7 +70,8 @@ def _define(name: str, forward, backward):
         if engine(x.device, "cpu") == "torch":
             return backward(plain.Ordered(x, alpha, mask, offsets), upstream, descending)
         x, layout = _filled(x, (alpha, mask, offsets, descending))
-        upstream, order, dx, dalpha = upstream.contiguous(), order.contiguous(), torch.empty_like(x), torch.empty_like(alpha)
+        upstream, order = upstream.contiguous(), order.contiguous()
+        dx, dalpha = torch.empty_like(x), torch.empty_like(alpha)
         given = map(address, (x, order, upstream, dx, dalpha))
         getattr(_native, native + "_backward")(_given(x, *layout), *given)
         return dx, dalpha

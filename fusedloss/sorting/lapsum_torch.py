@@ -24,9 +24,9 @@ def scan(decay: Tensor, x: Tensor, longest: int) -> Tensor:
 
 
 class Ordered:
-    """Flat values as their sort has them; `order` is where each comes from. NaN counts as 0: `nan` says of what lists."""
+    """Flat values as their sort has them; `order` is where each comes from, `nan` which lists have a NaN."""
 
-    def __init__(self, values: Tensor, alpha: Tensor, mask: Tensor | None, offsets: Tensor | None, negated: bool = False):
+    def __init__(self, values: Tensor, alpha: Tensor, mask: Tensor | None, offsets: Tensor | None, negated=False):
         self.shape, rows, device = values.shape, len(alpha), values.device
         flat = -values.reshape(-1) if negated else values.reshape(-1)
         items = len(flat)
@@ -104,7 +104,7 @@ class Ordered:
         return (self.order - self.start[self.row]).to(torch.int32).reshape(self.shape)
 
     def threshold(self, k: Tensor, row: Tensor):
-        """(above, upper, lower, P, Q, items next to it) of csrc/laplace.cpp for targets k in lists `row`, both rising."""
+        """(above, upper, lower, P, Q, items next to it) of csrc/laplace.cpp for targets k in lists `row`."""
         sums = (self.place + 0.5 - 0.5 * self.above + 0.5 * self.below + self.start[self.row]).detach()
         with torch.no_grad():
             above = torch.searchsorted(sums, (k + self.start[row]).contiguous(), right=True) - self.start[row]
@@ -116,7 +116,7 @@ class Ordered:
         p = torch.where(has_upper, self.above[upper_item] + 1, 1.0)
         q = torch.where(has_lower, self.below[lower_item] + 1, 1.0)
         both = has_upper & has_lower
-        decay = torch.where(both, self.decay[upper_item.clamp(max=max(0, last - 1))], 0.0) if last else torch.zeros_like(p)
+        decay = torch.where(both, torch.cat([self.decay, p.new_zeros(1)])[upper_item], 0.0)
         c = k - above
         side = (c < 0) | ((c == 0) & has_upper)
         inner = c * c + p * q * decay
@@ -126,7 +126,8 @@ class Ordered:
         upper = torch.where(side, up, decay / torch.where(low > 0, 4 * low, 1.0))
         lower = torch.where(side, decay / torch.where(up > 0, 4 * up, 1.0), low)
         lower = torch.where(both & (inner == 0), low, lower)
-        return above, torch.where(has_upper, upper, 0.0), torch.where(has_lower, lower, 0.0), p, q, upper_item, lower_item
+        upper, lower = torch.where(has_upper, upper, 0.0), torch.where(has_lower, lower, 0.0)
+        return above, upper, lower, p, q, upper_item, lower_item
 
 
 def rank(o: Ordered, descending: bool, dtype: torch.dtype) -> Tensor:
@@ -179,9 +180,10 @@ def top_k(o: Ordered, k: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     row = torch.arange(o.rows, device=k.device)
     held = torch.minimum(torch.maximum(k, o.first.double()), o.end.double())
     above, upper, lower, _, _, upper_item, lower_item = o.threshold(held, row)
-    ends = torch.where(above > o.first, o.y[upper_item], torch.inf), torch.where(above < o.end, o.y[lower_item], -torch.inf)
+    high, low = o.y[upper_item], o.y[lower_item]
+    ends = torch.where(above > o.first, high, torch.inf), torch.where(above < o.end, low, -torch.inf)
     over = o.place < above[o.row]
-    apart = torch.where(over, o.y - o.y[upper_item][o.row], o.y[lower_item][o.row] - o.y) / o.alpha
+    apart = torch.where(over, o.y - high[o.row], low[o.row] - o.y) / o.alpha
     decay = torch.where(o.finite, -apart, 0.0).exp()
     p = torch.where(over, 1 - upper[o.row] * decay, lower[o.row] * decay)
     p = torch.where(o.finite, p, o.top.double())

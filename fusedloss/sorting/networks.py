@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..checks import check_constant, check_number, expect, fixed
 from ..lists import lists_of
-from . import network_ops  # noqa: F401: defines the operators
+from . import network_ops  # noqa: F401 (defines the operators)
 from .comparators import DISTRIBUTIONS, KINDS
 from .relaxed_permutation import RelaxedPermutation
 
@@ -26,13 +26,14 @@ class SortingNetwork(RelaxedPermutation):
     kind: "odd_even" (n layers; any n) or "bitonic" (k (k + 1)/2 layers with k = ⌈log₂ n⌉; of an n that is no power of
         two, the first wires of the next larger network are left out).
     distribution: F. "cauchy" (default) ½ + atan(v)/π; "logistic" σ(v); "logistic_phi" σ(v/|b − a|^art_lambda);
-        "gaussian" Φ(v); "reciprocal" ½ + ½ v/(2 + |v|); "optimal" v + ½ for |v| ≤ ¼, 1 − 1/(16 v) beyond, 1/(16 |v|) below.
+        "gaussian" Φ(v); "reciprocal" ½ + ½ v/(2 + |v|); "optimal" v + ½ for |v| ≤ ¼, 1 − 1/(16 v) above that,
+        1/(16 |v|) below −¼.
         With cauchy, reciprocal and optimal the sorted numbers rise with every input, whatever the steepness.
     steepness: β > 0, a number or a 0-dimensional tensor, with gradient. art_lambda: for logistic_phi alone.
     descending: the largest number first.
 
-    ``net.sorted``: the values' shape and type. ``net @ v`` and ``net.T @ u``: v has the values' shape, or that and a last
-    dimension of several columns. ``net.dense()``: P, (…, n, n). Products of half precision are fp32.
+    ``net.sorted``: the values' shape and type. ``net @ v`` and ``net.T @ u``: v has the values' shape, or that and a
+    last dimension of several columns. ``net.dense()``: P, (…, n, n). Products of half precision are fp32.
     Nothing of size n² is kept: n/2 numbers per layer are, and products send v through the comparators again, forwards
     or backwards. ±inf are sorted hard and have no gradient; NaN spreads. Derivatives of any order; the second ones take
     the plain PyTorch formula, which keeps every layer.
