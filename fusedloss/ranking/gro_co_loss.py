@@ -38,12 +38,14 @@ def gro_co_loss(lists, scores, relevance, k: int = 10, steepness: float | Tensor
     if not isinstance(steepness, Tensor):
         steepness = torch.zeros((), dtype=torch.float64, device="cpu") + steepness
     positive = relevance > 0
-    part = torch.ops.fusedloss.group_ordering(scores, steepness, positive, lists.mask, lists.offsets, k, distribution)
-    target = positive.to(scores.dtype)
-    losses = F.binary_cross_entropy(part.clamp(0, 1), target, reduction="none")  # 0 of negatives not among the k
-    positives = lists.sum(target)
+    # In float64: a logarithm asks for the digits of a small part, which differences of neighbours lose.
+    layout = positive, lists.mask, lists.offsets, k, distribution
+    part = torch.ops.fusedloss.group_ordering(scores.double(), steepness, *layout)
+    right = torch.where(positive, part, 1 - part).clamp(max=1)  # 1 of negatives that are not among the k
+    losses = torch.where(right <= 0, 100.0, -torch.where(right <= 0, 1.0, right).log()).clamp(max=100)
+    positives = lists.sum(positive.to(scores.dtype))
     items = positives + (lists.count(scores) - positives).clamp(max=k)
-    return lists.sum(losses) / items.clamp(min=1)
+    return lists.sum(losses).to(scores.dtype) / items.clamp(min=1)
 
 
 def reference(scores: Tensor, relevance: Tensor, k: int = 10, steepness: float = 1.0, distribution="cauchy") -> Tensor:
@@ -58,7 +60,7 @@ def reference(scores: Tensor, relevance: Tensor, k: int = 10, steepness: float =
             matrix = torch.cat([matrix[:i], mix @ matrix[i : i + 2], matrix[i + 2 :]])
     part, target = matrix[len(negatives) :].sum(0).clamp(0, 1), torch.ones_like(x)
     target[: len(negatives)] = 0
-    return F.binary_cross_entropy(part, target) if len(x) else scores.sum() * 0
+    return 0 * scores.sum() + (F.binary_cross_entropy(part, target) if len(x) else 0)
 
 
 CASES = ({}, {"k": 2}, {"k": 3, "steepness": 4.0, "distribution": "logistic"})
