@@ -125,16 +125,19 @@ FL_INLINE void walk(const fl_network& net, const T* share, bool transposed, int6
     const int64_t t = comparator(net, transposed, step);
     T* const low = buffer + (int64_t)net.low[t] * width;
     T* const high = buffer + (int64_t)net.high[t] * width;
-    const T c = share[t];
-    T gap[width];
-    // A comparator's wires are two, so the vectors never overlap.
-#pragma omp simd
+    // More than half is an exchange of both, and of the rest: a small number keeps its digits.
+    const bool exchange = share[t] > T(0.5);
+    const T c = exchange ? T(1) - share[t] : share[t];
+    T *const to_low = exchange ? high : low, *const to_high = exchange ? low : high;
+    T gap[width], mixed_low[width], mixed_high[width];
     for (int k = 0; k < width; ++k) {
       gap[k] = high[k] - low[k];
       const T mixed = c * gap[k];
-      low[k] += mixed;
-      high[k] -= mixed;
+      mixed_low[k] = low[k] + mixed;
+      mixed_high[k] = high[k] - mixed;
     }
+    std::memcpy(to_low, mixed_low, sizeof mixed_low);
+    std::memcpy(to_high, mixed_high, sizeof mixed_high);
     if (kept) {
       std::memcpy(kept, gap, sizeof gap);
       kept += width;
