@@ -50,7 +50,7 @@ def _filled(x: Tensor, layout: tuple) -> tuple[Tensor, ...]:
 
 
 def _define(name: str, forward, backward):
-    """Operators of the rank or the sort, by forward(ordered, x, descending), backward(ordered, upstream, descending)."""
+    """Operators of rank or sort, by forward(ordered, x, descending), backward(ordered, upstream, descending)."""
     op_name, native = f"fusedloss::lapsum_{name}", f"lapsum_{name}"
 
     def compute(x, *layout):
