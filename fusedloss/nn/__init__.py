@@ -39,6 +39,7 @@ from .linear_cross_entropy import LinearCrossEntropyLoss
 from .list_loss import (
     ADRMSELoss,
     ApproxNDCGLoss,
+    GroCoLoss,
     KendallLoss,
     LambdaLoss,
     ListMLELoss,

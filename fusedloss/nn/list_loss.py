@@ -10,6 +10,7 @@ from torch import Tensor
 from ..ranking import (
     adr_mse_loss,
     approx_ndcg_loss,
+    gro_co_loss,
     kendall_loss,
     lambda_loss,
     list_mle_loss,
@@ -90,6 +91,10 @@ class ADRMSELoss(ListLoss, of=adr_mse_loss):
 
 
 class ApproxNDCGLoss(ListLoss, of=approx_ndcg_loss):
+    pass
+
+
+class GroCoLoss(ListLoss, of=gro_co_loss):
     pass
 
 

@@ -9,6 +9,7 @@ from types import ModuleType
 
 from .adr_mse_loss import adr_mse_loss
 from .approx_ndcg_loss import approx_ndcg_loss
+from .gro_co_loss import gro_co_loss
 from .kendall_loss import kendall_loss
 from .lambda_loss import lambda_loss
 from .list_mle_loss import list_mle_loss

@@ -1,1 +1,0 @@
-// The vector loops of LapSum, compiled once per instruction set.
