@@ -1,1 +1,3 @@
 """Differentiable sorting and ranking."""
+
+from .relaxed_permutation import NeuralSort, RelaxedPermutation, SoftSort
