@@ -95,7 +95,9 @@ struct Band {
       for (int64_t j = 0; j + 1 < m; ++j) a[j + 1] = a[j] + (x[j] - x[j + 1]) * (double)(2 * (j + 1) - m);   // of A_j - A_1
       for (int64_t i = 0; i < m; ++i) w[i] = (double)(m - 1 - 2 * i), c[i] = w[i] * x[i] - a[i];
     }
-    const double cutoff = std::log((double)std::max<int64_t>(m, 1)) + (std::is_same_v<T, float> ? 17.4 : 37.5);
+    constexpr bool single = std::is_same_v<T, float>;
+    const double rounding = std::log((double)std::max<int64_t>(m, 1)) + (single ? 17.4 : 37.5);   // m exp(-this) is 2^-25, 2^-54
+    const double cutoff = std::max(rounding, single ? 32.0 : 45.0);
     auto inside = [&](int64_t i, int64_t j) {
       const double apart = x[i] - x[j];
       return (neural ? w[i] * x[j] - a[j] - c[i] : -apart * apart) >= -cutoff;

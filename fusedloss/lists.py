@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -54,7 +53,7 @@ class Lists:
 
     # --- sums over each list, (rows,), of flat values -----------------------------------------------------------------
 
-    @cached_property
+    @property  # a cached one has a lock, which torch.compile does not trace
     def row(self) -> Tensor:
         """With offsets: the list of each item."""
         lengths = self.offsets.diff()

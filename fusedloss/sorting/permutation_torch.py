@@ -15,24 +15,42 @@ NEURAL_SORT, SOFT_SORT, SOFT_SORT_SQUARED = range(3)
 CHUNK = 1 << 21  # entries of P that are there at a time
 
 
-def pairwise_sums(t: Tensor, place: Tensor, count: Tensor) -> Tensor:
-    """Σ_k |t_j − t_k| over the items of j's list, by prefix sums, of lists one after the other, flat and falling.
+def tied(t: Tensor, place: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each item of lists one after the other, flat and falling: the first item that equals it, and one past the last.
 
-    place, count: j's place in its list, from 0, and how many items the list has. Equal items stand in no order, as
-    the derivative 0 of |0| has it.
+    place, count: the item's place in its list, from 0, and how many items the list has.
     """
     index = torch.arange(len(t), device=t.device)
-    first, dead = index - place, place >= count
-    before, behind = t.roll(1), t.roll(-1)
-    starts = (place == 0) | (t != before) | (place == count)
-    ends = (place == count - 1) | (t != behind) | dead
-    above = torch.where(starts, index, 0).cummax(0).values  # of equal items the first
-    below = torch.where(ends, index + 1, len(t)).flip(0).cummin(0).values.flip(0)  # and one past the last
-    sums = torch.cat([t.new_zeros(1), torch.where(dead, 0.0, t).cumsum(0)])
-    last = first + count
+    starts = (place == 0) | (t != t.roll(1)) | (place == count)
+    ends = (place >= count - 1) | (t != t.roll(-1))
+    first = torch.where(starts, index, 0).cummax(0).values
+    return first, torch.where(ends, index + 1, len(t)).flip(0).cummin(0).values.flip(0)
+
+
+def prefix_sums(x: Tensor) -> Tensor:
+    return torch.cat([x.new_zeros(1), x.cumsum(0)])
+
+
+def pairwise_sums(t: Tensor, place: Tensor, count: Tensor) -> Tensor:
+    """Σ_k |t_j − t_k| over the items of j's list, by prefix sums, of lists as `tied` takes them; 0 behind their count.
+
+    Equal items stand in no order, as the derivative 0 of |0| has it.
+    """
+    first = torch.arange(len(t), device=t.device) - place
+    (above, below), dead, last = tied(t, place, count), place >= count, first + count
+    sums = prefix_sums(torch.where(dead, 0.0, t))
     larger = sums[above] - sums[first] - (above - first) * t
     smaller = (last - below) * t - (sums[last] - sums[below])
     return torch.where(dead, 0.0, larger + smaller)
+
+
+def pairwise_slopes(by: Tensor, t: Tensor, place: Tensor, count: Tensor) -> Tensor:
+    """The gradient of Σ_j by_j pairwise_sums_j in t."""
+    first = torch.arange(len(t), device=t.device) - place
+    (above, below), dead, last = tied(t, place, count), place >= count, first + count
+    sums = prefix_sums(torch.where(dead, 0.0, by))
+    own = (last - below - above + first) * by
+    return torch.where(dead, 0.0, own - (sums[above] - sums[first]) + (sums[last] - sums[below]))
 
 
 def logit(relaxation: int, count: Tensor, place: Tensor, t_place: Tensor, t_item: Tensor, a_place, a_item) -> Tensor:
@@ -43,26 +61,30 @@ def logit(relaxation: int, count: Tensor, place: Tensor, t_place: Tensor, t_item
     return -apart.abs() if relaxation == SOFT_SORT else -apart * apart
 
 
-def finite_lists(t: Tensor, tau: Tensor, live: Tensor) -> Tensor:
-    """(lists, 1): whether every score that counts is finite and tau is above 0; if not, all is NaN."""
-    return ((t.isfinite() | ~live).all(1) & (tau > 0)).unsqueeze(1)
+def centred(t: Tensor, tau: Tensor, counts: Tensor) -> Tensor:
+    """t in fp64 less its mean, 0 behind the count; NaN where a score is not finite or tau not above 0."""
+    count = counts.unsqueeze(1)
+    live = torch.arange(t.shape[1], device=t.device) < count
+    finite = (t.isfinite() | ~live).all(1, keepdim=True) & (tau > 0).unsqueeze(1)
+    t = torch.where(live, t.double(), 0.0)
+    t = torch.where(live, t - t.detach().sum(1, keepdim=True) / count.clamp(min=1), 0.0)
+    return torch.where(finite, t, torch.nan)
+
+
+def _flat_lists(t: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Flat t, place and count; a list that is not finite would spoil the prefix sums of those behind it."""
+    place = torch.arange(t.shape[1], device=t.device).expand_as(t).reshape(-1)
+    return t.nan_to_num(0.0).reshape(-1), place, counts.unsqueeze(1).expand_as(t).reshape(-1)
 
 
 def exponents(relaxation: int, t: Tensor, tau: Tensor, counts: Tensor, first: int, last: int) -> Tensor:
     """D / tau of places first to last: (lists, places, n), −inf at items that do not count, 0 at places that do not."""
-    n = t.shape[1]
-    index, count = torch.arange(n, device=t.device), counts.unsqueeze(1)
-    live = index < count
-    t = torch.where(live, t.double(), 0.0)
-    t = torch.where(live, t - t.detach().sum(1, keepdim=True) / count.clamp(min=1), 0.0)
-    t = torch.where(finite_lists(t, tau, live), t, torch.nan)
-    a = None
+    index, count = torch.arange(t.shape[1], device=t.device), counts.unsqueeze(1)
+    live, places, t = index < count, slice(first, last), centred(t, tau, counts)
+    a_place = a_item = None
     if relaxation == NEURAL_SORT:
-        place, many = index.expand_as(t).reshape(-1), count.expand_as(t).reshape(-1)
-        # A list that is not finite would spoil the prefix sums of those behind it.
-        a = pairwise_sums(t.nan_to_num(0.0, 0.0, 0.0).reshape(-1), place, many).view_as(t)
-    places = slice(first, last)
-    a_place, a_item = (None, None) if a is None else (a[:, places, None], a[:, None])
+        a = pairwise_sums(*_flat_lists(t, counts)).view_as(t)
+        a_place, a_item = a[:, places, None], a[:, None]
     d = logit(relaxation, count.unsqueeze(2), index[places, None], t[:, places, None], t[:, None], a_place, a_item)
     d = torch.where(live[:, None], d / tau[:, None, None], -torch.inf)
     return torch.where(live[:, places, None], d, 0.0)
@@ -144,14 +166,35 @@ def _summed(parts: Iterator[list[Tensor | None]], inputs: Sequence[Tensor | None
 
 def gradient(relaxation: int, t: Tensor, tau: Tensor, u: Tensor, v: Tensor | None, counts: Tensor):
     """∂(uᵀ P v) in t, tau and v; without v, ∂(uᵀ rest) in t and tau, and None."""
-
-    def parts():
-        for first, last in chunks(t):
-            yield _gradients(bilinear(relaxation, ts, taus, us, vs, counts, first, last), (ts, taus, vs), False)
-
-    with torch.enable_grad():
-        ts, taus, us, vs = _variables(t.detach(), tau.detach(), u.detach(), None if v is None else v.detach())
-        return _summed(parts(), (ts.detach(), taus.detach(), None if v is None else v.detach()))
+    u, middle, count = _clean(u, counts), centred(t, tau, counts), counts[:, None]
+    v, x = (None, None) if v is None else (_clean(v, counts), torch.zeros_like(v))
+    dt, along, total = (torch.zeros_like(middle) for _ in range(3))
+    for first, last in chunks(t):
+        d = exponents(relaxation, t, tau, counts, first, last)
+        own = u[:, first:last]
+        if v is None:
+            slope = own * without_peak(d.to(t.dtype), first)
+            slope.diagonal(first, 1, 2).sub_(slope.sum(2))  # D is taken from the peak on
+        else:
+            p = d.to(t.dtype).softmax(2)
+            x += p.mT @ own
+            slope = p * (own @ v.mT - (own * (p @ v)).sum(2, keepdim=True))
+        slope = slope.double()
+        along += (slope * torch.where(d == -torch.inf, 0.0, d)).sum(1)
+        if relaxation == NEURAL_SORT:
+            place = torch.arange(first, last, device=t.device)
+            total += slope.sum(1)
+            dt += ((count - 1 - 2 * place).double()[:, None] @ slope).squeeze(1)
+        else:
+            apart = middle[:, first:last, None] - middle[:, None]
+            apart = slope * (apart.sign() if relaxation == SOFT_SORT else 2 * apart)
+            dt += apart.sum(1)
+            dt[:, first:last] -= apart.sum(2)
+    if relaxation == NEURAL_SORT:
+        flat, place, many = _flat_lists(middle, counts)
+        dt -= pairwise_slopes(total.reshape(-1), flat, place, many).view_as(dt)
+    dtau = -along.sum(1) / tau
+    return _clean(dt / tau[:, None], counts).to(t.dtype), dtau, None if x is None else _clean(x, counts)
 
 
 def second_gradient(relaxation: int, t, tau, u, v, counts: Tensor, by: Sequence[Tensor | None]):

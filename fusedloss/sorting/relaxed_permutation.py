@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
-
 import torch
 from torch import Tensor
 
@@ -13,7 +11,21 @@ from . import permutation_ops as ops
 from .permutation_torch import NEURAL_SORT, SOFT_SORT, SOFT_SORT_SQUARED, logit, pairwise_sums
 
 
-class RelaxedPermutation:
+class Factor:
+    """The left side of a product: `self @ tensor`."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        """How torch.compile finds `__matmul__`; torch 2.13 reverses the two, as it does for operators with a reverse."""
+        if function.__name__ == "matmul" and len(args) == 2:
+            if isinstance(args[0], Factor):
+                return args[0].__matmul__(args[1])
+            if torch.compiler.is_compiling():
+                return args[1].__matmul__(args[0])
+        return NotImplemented
+
+
+class RelaxedPermutation(Factor):
     """A matrix P of each list: rows are places, columns are items, each row sums to 1. It stands for the permutation that
     sorts the list, and is differentiable.
 
@@ -52,7 +64,7 @@ class RelaxedPermutation:
         first = (self._place < k).to(self.dtype)
         return self.lists.shaped(self._transposed_product(first.unsqueeze(-1)).squeeze(-1))
 
-    @cached_property
+    @property
     def _place(self) -> Tensor:
         """Flat: 0, 1, … along each list."""
         lists = self.lists
@@ -80,7 +92,7 @@ class RelaxedPermutation:
         return found if several else found.squeeze(-1)
 
 
-class Transposed:
+class Transposed(Factor):
     """Pᵀ of a relaxed permutation P."""
 
     def __init__(self, permutation: RelaxedPermutation):
@@ -123,7 +135,7 @@ class SortedSoftmax(RelaxedPermutation):
         flat = x.reshape(-1, x.shape[-1])
         return torch.zeros_like(flat).index_copy(0, self._order.reshape(-1), flat).reshape(x.shape)
 
-    @cached_property
+    @property
     def _live(self) -> Tensor:
         """Flat: the places that have an item that counts."""
         if self._counts is None:
