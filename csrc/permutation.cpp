@@ -11,6 +11,7 @@
 
 #include "arguments.h"
 #include "permutation_rows.h"
+#include "permutation_scans.h"
 #include "sort_core.h"
 
 namespace fl {
@@ -35,27 +36,6 @@ template const PermutationRows<double>& permutation_rows<double>();
 namespace {
 
 constexpr int64_t kMostLanes = 16;
-
-// One list, its arrays from its first item on.
-template <class T>
-struct List {
-  const fl_permutation& p;
-  int64_t first, items, count;   // count: of the items, those that count
-  double tau;
-  const T* t;
-  int threads;
-
-  template <class U> U* of(U* array, int64_t columns = 1) const { return array ? array + first * columns : nullptr; }
-  // Its softmax can be taken; else what comes out is NaN.
-  bool finite() const { return count == 0 || (std::isfinite(t[0]) && std::isfinite(t[count - 1]) && tau > 0); }
-  double middle() const { return count ? (double)t[count / 2] : 0; }
-
-  void fill(T* out, int64_t columns, bool all = false) const {   // NaN where asked for, 0 behind the items that count
-    if (!out) return;
-    if (all) std::fill(out, out + count * columns, (T)NAN);
-    std::fill(out + count * columns, out + items * columns, (T)0);
-  }
-};
 
 template <class T, class Work>
 void each_list(const fl_permutation& p, const void* t, Work work) {
@@ -134,20 +114,20 @@ void each_vector(const List<T>& list, Work work) {
 }
 
 template <class T>
-void banded_sums(const List<T>& list, const T* v, T* rest, T* deviation) {
+void banded_sums(const List<T>& list, const T* v, double* mass, double* out) {
   const Band<T> band(list);
   each_vector(list, [&](int64_t first) {
     permutation_rows<T>().sums(list.p.relaxation, false, band.places, band.items, list.count, first, v, v,
-                               list.p.columns, rest, deviation);
+                               list.p.columns, mass, out);
   });
 }
 
 template <class T>
-void banded_transposed(const List<T>& list, const T* r, T* x) {
+void banded_transposed(const List<T>& list, const T* r, double* out) {
   const Band<T> band(list);
   each_vector(list, [&](int64_t first) {
     permutation_rows<T>().sums(list.p.relaxation, false, band.items, band.places, list.count, first, r, (const T*)nullptr,
-                               list.p.columns, (T*)nullptr, x);
+                               list.p.columns, (double*)nullptr, out);
   });
 }
 
@@ -184,107 +164,16 @@ void banded_slopes(const List<T>& list, const T* r, const T* v, const T* deviati
   });
   for (int64_t j = 0; j < m; ++j) dtau -= along[j] / list.tau;
   if (neural) return neural_slopes(list, diagonal, total, moment, dt);
-  std::vector<T> mass(m), out(m * columns);
+  std::vector<double> mass(m), out(m * columns);
   each_vector(list, [&](int64_t first) {
     rows.sums(list.p.relaxation, true, band.places, band.items, m, first, v, v, columns, mass.data(), out.data());
   });
   for (int64_t i = 0; i < m; ++i) {
     double own = moment[i];
     for (int64_t c = i * columns; c < (i + 1) * columns; ++c)
-      own += (double)r[c] * ((double)out[c] - (double)deviation[c] * (double)mass[i]);
+      own += (double)r[c] * (out[c] - (double)deviation[c] * mass[i]);
     dt[i] = -2 * own / std::sqrt(list.tau);
   }
-}
-
-// ---- two scans: SoftSort of power 1 ------------------------------------------------------------------------------------
-
-// step(at, next, decay from one to the next, whether they are equal) along the list, and then back.
-template <class T, class Step>
-void walk(const List<T>& list, Step step) {
-  for (int64_t i = 0; i + 1 < list.count; ++i) {
-    const double gap = (double)list.t[i] - (double)list.t[i + 1];
-    step(i, i + 1, std::exp(-gap / list.tau), gap == 0);
-  }
-}
-template <class T, class Step>
-void walk_back(const List<T>& list, Step step) {
-  for (int64_t i = list.count - 1; i > 0; --i) {
-    const double gap = (double)list.t[i - 1] - (double)list.t[i];
-    step(i, i - 1, std::exp(-gap / list.tau), gap == 0);
-  }
-}
-
-// rest, and deviation times 1 + rest.
-template <class T>
-void scanned_sums(const List<T>& list, const T* v, T* rest, T* deviation) {
-  const int64_t columns = list.p.columns;
-  std::vector<double> mass(list.count), sums(list.count * columns), state(columns);
-  double weight;
-  auto step = [&](int64_t at, int64_t next, double decay, bool) {
-    for (int64_t c = 0; c < columns; ++c) {
-      const double change = (double)v[at * columns + c] - (double)v[next * columns + c];
-      sums[next * columns + c] += state[c] = decay * (state[c] + change * (1 + weight));
-    }
-    mass[next] += weight = decay * (1 + weight);
-  };
-  auto start = [&] { weight = 0, std::fill(state.begin(), state.end(), 0.0); };
-  start(), walk(list, step);
-  start(), walk_back(list, step);
-  for (int64_t i = 0; i < list.count; ++i) rest[i] = (T)mass[i];
-  for (int64_t i = 0; i < list.count * columns; ++i) deviation[i] = (T)sums[i];
-}
-
-template <class T>
-void scanned_transposed(const List<T>& list, const T* r, T* x) {
-  const int64_t columns = list.p.columns;
-  std::vector<double> sums(list.count * columns), state(columns);
-  auto step = [&](int64_t at, int64_t next, double decay, bool) {
-    for (int64_t c = 0; c < columns; ++c)
-      sums[next * columns + c] += state[c] = decay * (state[c] + (double)r[at * columns + c]);
-  };
-  walk(list, step);
-  std::fill(state.begin(), state.end(), 0.0), walk_back(list, step);
-  for (int64_t i = 0; i < list.count * columns; ++i) x[i] = (T)sums[i];
-}
-
-// The derivative in t of place i is sum over j before i of d_ij - sum over j behind i, that of item j the same sums over
-// places i; `strict` sums leave out what is equal, whose |t_i - t_j| has derivative 0.
-template <class T>
-void scanned_slopes(const List<T>& list, const T* r, const T* v, const T* deviation, double* dt, double& dtau, T* x) {
-  struct Sums { double v, r, slope; };   // of K (v_o - v_own), K r_o, K r_o (v_own - v_o - deviation_o), K = e^(-|t_o - t_own| / tau)
-  const int64_t columns = list.p.columns;
-  std::vector<double> sums(list.count * columns);
-  std::vector<Sums> state(columns), strict(columns);
-  double weight, strict_weight, sign = 1;
-  auto step = [&](int64_t at, int64_t next, double decay, bool equal) {
-    const double before = weight;
-    weight = decay * (1 + weight);
-    if (!equal) strict_weight = weight;
-    double slope = 0;
-    for (int64_t c = 0; c < columns; ++c) {
-      const int64_t a = at * columns + c, n = next * columns + c;
-      const double change = (double)v[n] - (double)v[a];
-      Sums &s = state[c], &k = strict[c];
-      s.slope = decay * (s.slope + change * s.r + (double)r[a] * (change - (double)deviation[a]));
-      s.v = decay * (s.v - change * (1 + before));
-      s.r = decay * (s.r + (double)r[a]);
-      if (equal) k.slope += change * k.r, k.v -= change * strict_weight;
-      else k = s;
-      slope += (double)r[n] * (k.v - (double)deviation[n] * strict_weight) + k.slope;
-      sums[n] += s.r;
-    }
-    dt[next] += sign * slope / list.tau;
-  };
-  auto start = [&] {
-    weight = strict_weight = 0;
-    std::fill(state.begin(), state.end(), Sums{}), std::fill(strict.begin(), strict.end(), Sums{});
-  };
-  std::fill(dt, dt + list.count, 0.0);
-  start(), walk(list, step);
-  sign = -1, start(), walk_back(list, step);
-  for (int64_t i = 0; i < list.count * columns && x; ++i) x[i] = (T)sums[i];
-  // P is a function of t / tau, and of differences of t.
-  for (int64_t j = 0; j < list.count; ++j) dtau -= dt[j] * ((double)list.t[j] - list.middle()) / list.tau;
 }
 
 // ---- the surface ---------------------------------------------------------------------------------------------------------
@@ -318,13 +207,16 @@ int product(const fl_permutation& p, const void* t, const void* v_all, void* y_a
     const bool finite = list.finite();
     list.fill(y, p.columns, !finite), list.fill(rest, 1, !finite), list.fill(deviation, p.columns, !finite);
     if (!finite || list.count == 0) return;
-    if (p.relaxation == FL_SOFT_SORT) scanned_sums(list, v, rest, deviation);
-    else banded_sums(list, v, rest, deviation);
-    for (int64_t i = 0; i < list.count; ++i)
+    std::vector<double> mass(list.count), sums(list.count * p.columns);
+    if (p.relaxation == FL_SOFT_SORT) scanned_sums(list, v, mass.data(), sums.data());
+    else banded_sums(list, v, mass.data(), sums.data());
+    for (int64_t i = 0; i < list.count; ++i) {
+      rest[i] = (T)mass[i];
       for (int64_t c = i * p.columns; c < (i + 1) * p.columns; ++c) {
-        deviation[c] /= 1 + rest[i];
-        y[c] = v[c] + deviation[c];
+        const double change = sums[c] / (1 + mass[i]);
+        deviation[c] = (T)change, y[c] = (T)((double)v[c] + change);
       }
+    }
   });
   return 0;
 }
@@ -347,9 +239,10 @@ int transposed(const fl_permutation& p, const void* t, const void* rest, const v
     list.fill(x, p.columns, !finite);
     if (!finite || list.count == 0 || p.columns == 0) return;
     const std::vector<T> r = weights(list, list.of((const T*)rest), list.of((const T*)u, p.columns));
-    if (p.relaxation == FL_SOFT_SORT) scanned_transposed(list, r.data(), x);
-    else banded_transposed(list, r.data(), x);
-    for (int64_t i = 0; i < list.count * p.columns; ++i) x[i] += r[i];   // each row's peak
+    std::vector<double> sums(r.size());
+    if (p.relaxation == FL_SOFT_SORT) scanned_transposed(list, r.data(), sums.data());
+    else banded_transposed(list, r.data(), sums.data());
+    for (size_t i = 0; i < r.size(); ++i) x[i] = (T)(sums[i] + (double)r[i]);   // and each row's peak
   });
   return 0;
 }

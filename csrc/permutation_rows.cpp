@@ -124,7 +124,7 @@ FL_INLINE void widen_into(double* sums, typename Vector<T>::V part) {
 
 template <int relaxation, bool moment, class T, int K>
 FL_INLINE void some_sums(const Side& own, const Side& other, int64_t first, int n, const T* values, const T* base,
-                         int64_t columns, int64_t column, T* mass, T* out) {
+                         int64_t columns, int64_t column, double* mass, double* out) {
   using L = Vector<T>;
   using V = typename L::V;
   const Own<relaxation, T> mine(own, first);
@@ -145,14 +145,14 @@ FL_INLINE void some_sums(const Side& own, const Side& other, int64_t first, int 
     for (int c = 0; c <= K; ++c) widen_into<T>(sums + c * L::size, part[c]);
   });
   for (int i = 0; i < n; ++i) {
-    for (int c = 0; c < K; ++c) out[(first + i) * columns + column + c] = (T)sums[c * L::size + i];
-    if (mass) mass[first + i] = (T)sums[K * L::size + i];
+    for (int c = 0; c < K; ++c) out[(first + i) * columns + column + c] = sums[c * L::size + i];
+    if (mass) mass[first + i] = sums[K * L::size + i];
   }
 }
 
 template <int relaxation, bool moment, class T>
 void all_sums(const Side& own, const Side& other, int64_t count, int64_t first, const T* values, const T* base,
-              int64_t columns, T* mass, T* out) {
+              int64_t columns, double* mass, double* out) {
   const int n = (int)std::min<int64_t>(Vector<T>::size, count - first);
   if (columns == 0) return some_sums<relaxation, moment, T, 0>(own, other, first, n, values, base, 0, 0, mass, out);
   int64_t c = 0;
@@ -164,7 +164,7 @@ void all_sums(const Side& own, const Side& other, int64_t count, int64_t first, 
 
 template <class T>
 void sums(int32_t relaxation, bool moment, const Side& own, const Side& other, int64_t count, int64_t first,
-          const T* values, const T* base, int64_t columns, T* mass, T* out) {
+          const T* values, const T* base, int64_t columns, double* mass, double* out) {
   auto* const run = relaxation == FL_NEURAL_SORT ? &all_sums<FL_NEURAL_SORT, false, T>
                     : moment                     ? &all_sums<FL_SOFT_SORT_SQUARED, true, T>
                                                  : &all_sums<FL_SOFT_SORT_SQUARED, false, T>;

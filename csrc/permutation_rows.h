@@ -22,7 +22,7 @@ struct PermutationRows {
   // Over others o != own: mass = sum of e^D, out[own, c] = sum of e^D (values[o, c] - base[own, c]); mass and base may be null.
   // With `moment` e^D is multiplied by x_own - x_o.
   void (*sums)(int32_t relaxation, bool moment, const Side& own, const Side& other, int64_t count, int64_t first,
-               const T* values, const T* base, int64_t columns, T* mass, T* out);
+               const T* values, const T* base, int64_t columns, double* mass, double* out);
   // Own are items j, others places i. Over i != j, with d_ij = e^D sum_c r_ic (v_jc - v_ic - deviation_ic):
   // sum of d_ij into total, of d_ij times (j - i) or (x_j - x_i) into moment, of d_ij D into along, and of e^D r_ic into x
   // unless it is null.
