@@ -54,7 +54,7 @@ def _order(scores: Tensor, mask: Tensor | None, offsets: Tensor | None) -> Tenso
         index = scores.sort(dim=-1, descending=True, stable=True).indices
         if mask is not None:
             index = index.gather(1, mask.gather(1, index).sort(dim=1, descending=True, stable=True).indices)
-        return index + torch.arange(0, scores.numel(), max(1, scores.shape[1]), device=scores.device)[:, None]
+        return index + scores.shape[1] * torch.arange(len(scores), device=scores.device)[:, None]
     index = scores.sort(descending=True, stable=True).indices
     if mask is not None:
         index = index[mask[index].sort(descending=True, stable=True).indices]
