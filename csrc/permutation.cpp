@@ -318,7 +318,8 @@ int fl_permutation_transposed(const fl_permutation* p, const void* t, const void
 int fl_permutation_gradient(const fl_permutation* p, const void* t, const void* rest, const void* u, const void* v,
                             const void* deviation, void* dt, double* dtau, void* x) {
   if (int status = fl::check_permutation("gradient", p)) return status;
-  if (!v != !deviation || (!v && p->columns != 1)) return fl::fail("gradient: v goes with deviation, or one column");
+  if (fl::all_items(p->lists) > 0 && (!v != !deviation || (!v && p->columns != 1)))
+    return fl::fail("gradient: v goes with deviation, or one column");
   FL_BY_TYPE(p->dtype, fl::gradient<float>(*p, t, rest, u, v, deviation, dt, dtau, x),
              fl::gradient<double>(*p, t, rest, u, v, deviation, dt, dtau, x))
 }

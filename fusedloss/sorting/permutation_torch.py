@@ -192,7 +192,7 @@ def gradient(relaxation: int, t: Tensor, tau: Tensor, u: Tensor, v: Tensor | Non
             dt[:, first:last] -= apart.sum(2)
     if relaxation == NEURAL_SORT:
         flat, place, many = _flat_lists(middle, counts)
-        dt -= pairwise_slopes(total.reshape(-1), flat, place, many).view_as(dt)
+        dt -= pairwise_slopes(total.nan_to_num(0.0).reshape(-1), flat, place, many).view_as(dt)
     dtau = -along.sum(1) / tau
     return _clean(dt / tau[:, None], counts).to(t.dtype), dtau, None if x is None else _clean(x, counts)
 
