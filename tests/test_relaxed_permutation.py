@@ -159,7 +159,8 @@ def test_lists_by_mask_and_by_offsets_are_lists_of_their_own(backend, kind):
     for r, n in enumerate(lengths):
         part = slice(offsets[r], offsets[r + 1])
         one = kind.make(s[part], tau[r])
-        for kept, x in zip(single, (one @ v[part], one.T @ u[part], one.top_k_mass(2), one.cross_entropy(permutation[part]))):
+        found = one @ v[part], one.T @ u[part], one.top_k_mass(2), one.cross_entropy(permutation[part])
+        for kept, x in zip(single, found):
             kept.append(x.reshape(-1, *x.shape[1:]) if x.dim() else x.reshape(1))
     single = [torch.cat(x) for x in single]
     gradient = lambda r: torch.autograd.grad(sum((x * x.detach().cos()).sum() for x in r), (s, tau, v, u))
@@ -217,7 +218,7 @@ def test_plateaus_and_extremes(backend, kind):
     close([p @ torch.arange(float(n))], [torch.full((1, n), (n - 1) / 2, dtype=F64)], 1e-6)
     s = torch.tensor([[-1e30, 1e30, 0.0, 1e-30]])
     hard = kind.make(s, 1e-3) @ torch.arange(4.0)
-    assert torch.equal(hard[0, [0, 3]], torch.tensor([1.0, 0.0])) and torch.equal(hard[0, 1:3], torch.tensor([2.5, 2.5]))
+    assert torch.equal(hard, torch.tensor([[1.0, 2.5, 2.5, 0.0]]))
 
 
 def test_derivatives_of_any_order(backend, kind):
@@ -263,7 +264,8 @@ def test_compiles_whole():
     def loss(s, v):
         p = NeuralSort(s, 0.5, offsets=offsets)
         q = SoftSort(s.view(2, 5), 0.5, hard=True)
-        return (p @ v).square().sum() + (p.T @ v).sum() + p.cross_entropy(permutation).sum() + (q.T @ v.view(2, 5)).sum()
+        rest = (p.T @ v).sum() + p.cross_entropy(permutation).sum() + (q.T @ v.view(2, 5)).sum()
+        return (p @ v).square().sum() + rest
 
     s, v = leaf(torch.randn(10, dtype=F64)), leaf(torch.randn(10, dtype=F64))
     got, truth = torch.compile(loss, fullgraph=True)(s, v), loss(s, v)

@@ -1,7 +1,7 @@
 """The operators of relaxed permutations that are never stored (csrc/permutation.h says what they compute).
 
-Flat tensors in sorted order: t (rows, width), or (items,) with offsets; tau (rows,) float64; v, u the shape of t and one
-more dimension, their columns. counts (rows,): how many of each list count, its first ones.
+Flat tensors in sorted order: t (rows, width), or (items,) with offsets; tau (rows,) float64; v, u the shape of t and
+one more dimension, their columns. counts (rows,): how many of each list count, its first ones.
 """
 
 from __future__ import annotations
@@ -179,9 +179,12 @@ def _gradient_backward(ctx, *by):
     return dt, dtau, None, du, dv, None, None, None, None
 
 
-torch.library.register_autograd("fusedloss::permutation_product", _product_backward, setup_context=_keep_product)
-torch.library.register_autograd("fusedloss::permutation_transposed", _transposed_backward, setup_context=_keep_transposed)
-torch.library.register_autograd("fusedloss::permutation_gradient", _gradient_backward, setup_context=_keep_gradient)
+for op, backward, keep in (
+    (product, _product_backward, _keep_product),
+    (transposed, _transposed_backward, _keep_transposed),
+    (gradient, _gradient_backward, _keep_gradient),
+):
+    torch.library.register_autograd(op, backward, setup_context=keep)
 
 
 # --- vmap: more rows -------------------------------------------------------------------------------------------------

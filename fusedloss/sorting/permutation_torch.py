@@ -1,7 +1,7 @@
 """Relaxed permutations in plain PyTorch: the meaning of csrc/permutation.h, on any device, a few rows of P at a time.
 
-t (lists, n) falling, of which the first `counts` (lists,) of each count; tau (lists,); u and v (lists, n, columns). All is
-additive over rows of P, so that derivatives of any order are made chunk by chunk too.
+t (lists, n) falling, of which the first `counts` (lists,) of each count; tau (lists,); u and v (lists, n, columns). All
+is additive over rows of P, so that derivatives of any order are made chunk by chunk too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ CHUNK = 1 << 21  # entries of P that are there at a time
 
 
 def tied(t: Tensor, place: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each item of lists one after the other, flat and falling: the first item that equals it, and one past the last.
+    """Of each item of lists one after the other, flat and falling: the first that equals it, and one past the last.
 
     place, count: the item's place in its list, from 0, and how many items the list has.
     """
@@ -99,7 +99,8 @@ def chunks(t: Tensor) -> Iterator[tuple[int, int]]:
 
 def without_peak(d: Tensor, first: int) -> Tensor:
     """e^D of places from `first` on, 0 at each one's own item."""
-    peak = torch.arange(d.shape[2], device=d.device) == torch.arange(first, first + d.shape[1], device=d.device)[:, None]
+    place = torch.arange(first, first + d.shape[1], device=d.device)
+    peak = torch.arange(d.shape[2], device=d.device) == place[:, None]
     return torch.where(peak, 0.0, d.exp())
 
 
@@ -131,7 +132,7 @@ def transposed(relaxation: int, t: Tensor, tau: Tensor, u: Tensor, counts: Tenso
     return _clean(x, counts), _clean(rest, counts)
 
 
-def bilinear(relaxation: int, t: Tensor, tau: Tensor, u: Tensor, v: Tensor | None, counts: Tensor, first: int, last: int):
+def bilinear(relaxation: int, t: Tensor, tau: Tensor, u: Tensor, v: Tensor | None, counts, first: int, last: int):
     """The part of uᵀ P v, or without v of uᵀ rest, that is from places first to last."""
     d = exponents(relaxation, t, tau, counts, first, last).to(t.dtype)
     u = _clean(u, counts)[:, first:last]
@@ -214,7 +215,7 @@ def second_gradient(relaxation: int, t, tau, u, v, counts: Tensor, by: Sequence[
     return result if again else [None if x is None else x.detach() for x in result]
 
 
-def over_lists(function: Callable, per_item: Sequence[Tensor | None], per_list: Sequence[Tensor | None], counts, offsets):
+def over_lists(function: Callable, per_item: Sequence[Tensor | None], per_list: Sequence[Tensor], counts, offsets):
     """function(per_item…, per_list…, counts) of lists of any lengths, padded to (lists, n), and its results as flat as
     they came. Lists are padded together where their lengths have the same number of bits: at most twofold."""
     like = next(x for x in per_item if x is not None)
@@ -239,11 +240,9 @@ def over_lists(function: Callable, per_item: Sequence[Tensor | None], per_list: 
         items = [None if x is None else x[index] for x in per_item]
         part = function(*items, *(None if x is None else x[rows] for x in per_list), counts[rows])
         if results is None:
-            results = [
-                None if x is None else x.new_zeros(len(like) if x.dim() > 1 else len(lengths), *x.shape[2:]) for x in part
-            ]
+            size = lambda x: len(like) if x.dim() > 1 else len(lengths)
+            results = [None if x is None else x.new_zeros(size(x), *x.shape[2:]) for x in part]
         where = [None if x is None else (index[inside] if x.dim() > 1 else rows) for x in part]
-        results = [
-            r if r is None else r.index_put((w,), x[inside] if x.dim() > 1 else x) for r, w, x in zip(results, where, part)
-        ]
+        flat = [x if x is None or x.dim() == 1 else x[inside] for x in part]
+        results = [r if r is None else r.index_put((w,), x) for r, w, x in zip(results, where, flat)]
     return results

@@ -16,7 +16,7 @@ class Factor:
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
-        """How torch.compile finds `__matmul__`; torch 2.13 reverses the two, as it does for operators with a reverse."""
+        """How torch.compile finds `__matmul__`; torch 2.13 hands the two over in reverse order."""
         if function.__name__ == "matmul" and len(args) == 2:
             if isinstance(args[0], Factor):
                 return args[0].__matmul__(args[1])
@@ -26,8 +26,8 @@ class Factor:
 
 
 class RelaxedPermutation(Factor):
-    """A matrix P of each list: rows are places, columns are items, each row sums to 1. It stands for the permutation that
-    sorts the list, and is differentiable.
+    """A matrix P of each list: rows are places, columns are items, each row sums to 1. It stands for the
+    permutation that sorts the list, and is differentiable.
 
     Subclasses say what P times something is, of flat tensors: (rows, n, columns), or with offsets (items, columns).
     """
@@ -193,17 +193,17 @@ class SortedSoftmax(RelaxedPermutation):
 
 
 class NeuralSort(SortedSoftmax):
-    """NeuralSort: the relaxed permutation whose row i is softmax_j[((n + 1 − 2i) s_j − Σ_k |s_j − s_k|) / tau], i = 1 … n.
+    """NeuralSort: the relaxed permutation of rows softmax_j[((n + 1 − 2i) s_j − Σ_k |s_j − s_k|) / tau], i = 1 … n.
 
     scores: (…, n), lists along `dim`, or (items,) with offsets; the largest score belongs at the first place. fp16 and
     bf16 are computed, and returned, in fp32. tau > 0: a number, or a tensor of one number, or one per list, which then
-    gets a gradient; small: the hard sort, large: every entry 1/n. hard: what is returned is the hard sort's (ties in the
-    items' order), and the gradient of the scores is the soft matrix' (straight-through). mask: False where there is no
+    gets a gradient; small: the hard sort, large: every entry 1/n. hard: what is returned is the hard sort's (ties in
+    the items' order), and the scores' gradient is the soft matrix' (straight-through). mask: False where there is no
     item. offsets: (lists + 1,) int64, list r is the items from offsets[r] to offsets[r + 1]. A score that is not finite
     makes its list NaN.
 
-    `P @ v`, `P.T @ u`, `P.top_k_mass(k)` and `P.cross_entropy(permutation)` take O(n) memory, and time in proportion to the
-    band about P's diagonal that a product can tell from 0; gradients of any order. `P.dense()` is (…, n, n).
+    `P @ v`, `P.T @ u`, `P.top_k_mass(k)` and `P.cross_entropy(permutation)` take O(n) memory, and time in proportion to
+    the band about P's diagonal that a product can tell from 0; gradients of any order. `P.dense()` is (…, n, n).
 
     Aditya Grover, Eric Wang, Aaron Zweig and Stefano Ermon, "Stochastic Optimization of Sorting Networks via Continuous
     Relaxations", ICLR 2019, arXiv 1903.08850. The official code makes the n × n distances and multiplies them by a
@@ -215,13 +215,13 @@ class NeuralSort(SortedSoftmax):
 
 
 class SoftSort(SortedSoftmax):
-    """SoftSort: the relaxed permutation whose row i is softmax_j[−|s_[i] − s_j|^power / tau], s_[i] the i-th largest score.
+    """SoftSort: the relaxed permutation of rows softmax_j[−|s_[i] − s_j|^power / tau], s_[i] the i-th largest score.
 
     power: 1 or 2. With 1 every product is two recurrences, exact in O(n) time; with 2 it is a band, as of `NeuralSort`,
     whose arguments and methods these are.
 
-    Sebastian Prillo and Julian Martin Eisenschlos, "SoftSort: A Continuous Relaxation for the argsort Operator", ICML 2020,
-    arXiv 2006.16038. The paper's experiments take power 1, its code has both.
+    Sebastian Prillo and Julian Martin Eisenschlos, "SoftSort: A Continuous Relaxation for the argsort Operator", ICML
+    2020, arXiv 2006.16038. The paper's experiments take power 1, its code has both.
     """
 
     def __init__(
