@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import operator
-from functools import cached_property
-
 import torch
 from torch import Tensor
 
@@ -12,20 +9,23 @@ from ..checks import expect
 from ..lists import Lists
 
 
-class Matrix:
-    """What stands on the left of `@`. To torch.compile that is a function of tensors, which loses their order."""
+class Factor:
+    """The left side of a product: `self @ tensor`."""
 
     @classmethod
-    def __torch_function__(cls, function, types, arguments=(), options=None):
-        if function not in (operator.matmul, torch.matmul, torch.Tensor.matmul) or not torch.compiler.is_compiling():
-            return NotImplemented
-        first, second = arguments
-        return first.__matmul__(second) if isinstance(first, cls) else second.__matmul__(first)
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        """How torch.compile finds `__matmul__`; torch 2.13 hands the two over in reverse order."""
+        if function.__name__ == "matmul" and len(args) == 2:
+            if isinstance(args[0], Factor):
+                return args[0].__matmul__(args[1])
+            if torch.compiler.is_compiling():
+                return args[1].__matmul__(args[0])
+        return NotImplemented
 
 
-class RelaxedPermutation(Matrix):
-    """A matrix P of each list: rows are places, columns are items, each row sums to 1. It stands for the permutation that
-    sorts the list, and is differentiable.
+class RelaxedPermutation(Factor):
+    """A matrix P of each list: rows are places, columns are items, each row sums to 1. It stands for the
+    permutation that sorts the list, and is differentiable.
 
     Subclasses say what P times something is, of flat tensors: (rows, n, columns), or with offsets (items, columns).
     """
@@ -62,7 +62,7 @@ class RelaxedPermutation(Matrix):
         first = (self._place < k).to(self.dtype)
         return self.lists.shaped(self._transposed_product(first.unsqueeze(-1)).squeeze(-1))
 
-    @cached_property
+    @property
     def _place(self) -> Tensor:
         """Flat: 0, 1, … along each list."""
         lists = self.lists
@@ -90,7 +90,7 @@ class RelaxedPermutation(Matrix):
         return found if several else found.squeeze(-1)
 
 
-class Transposed(Matrix):
+class Transposed(Factor):
     """Pᵀ of a relaxed permutation P."""
 
     def __init__(self, permutation: RelaxedPermutation):
