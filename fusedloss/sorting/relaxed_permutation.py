@@ -9,21 +9,21 @@ from ..checks import expect
 from ..lists import Lists
 
 
-class Factor:
+class LeftFactor:
     """The left side of a product: `self @ tensor`."""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         """How torch.compile finds `__matmul__`; torch 2.13 hands the two over in reverse order."""
         if function.__name__ == "matmul" and len(args) == 2:
-            if isinstance(args[0], Factor):
+            if isinstance(args[0], LeftFactor):
                 return args[0].__matmul__(args[1])
             if torch.compiler.is_compiling():
                 return args[1].__matmul__(args[0])
         return NotImplemented
 
 
-class RelaxedPermutation(Factor):
+class RelaxedPermutation(LeftFactor):
     """A matrix P of each list: rows are places, columns are items, each row sums to 1. It stands for the
     permutation that sorts the list, and is differentiable.
 
@@ -32,6 +32,7 @@ class RelaxedPermutation(Factor):
 
     lists: Lists
     dtype: torch.dtype  # in which products are computed, at least
+    device: torch.device
 
     def _product(self, v: Tensor) -> Tensor:
         raise NotImplementedError
@@ -90,7 +91,7 @@ class RelaxedPermutation(Factor):
         return found if several else found.squeeze(-1)
 
 
-class Transposed(Factor):
+class Transposed(LeftFactor):
     """Pᵀ of a relaxed permutation P."""
 
     def __init__(self, permutation: RelaxedPermutation):
