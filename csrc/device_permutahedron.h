@@ -113,6 +113,17 @@ FL_DEVICE Answer answer(const Pooling<V, kl>& pooling, const Row& row, int k) {
   return {y, k == a};
 }
 
+// The same, written; `order` has the item's place, which nobody else looks at.
+template <class V, bool kl>
+FL_DEVICE void answer_at(const Problem& q, const Pooling<V, kl>& pooling, const Row& row, int k) {
+  int32_t& place = q.order[row.first + k];
+  const int at = place;
+  const Answer found = answer(pooling, row, k);
+  place = at | (int32_t)((uint32_t)found.starts << 31);
+  if (q.sort) store<V>(q.out, q.p.dtype, row.first + k, k < row.extent.counted ? q.sign() * found.y : 0);
+  else static_cast<V*>(q.out)[row.first + at] = (V)found.y;
+}
+
 // ---- backward --------------------------------------------------------------------------------------------------------
 
 // The share of item k in its block [a, b) of a soft rank or sort by log-sum-exps.
@@ -132,6 +143,25 @@ FL_DEVICE double summand(const Rule<V, kl>& rule, const Marks& marks, int k, dou
     return g * share(rule, a, b, k) * (b - a) * rule.mean_weight(a, b);
   }
   return g;
+}
+
+template <class V>
+FL_DEVICE V gradient_at(const Problem& q, const Row& row, int k, int at) {
+  return load<V>(q.out, q.out_type(), row.first + (q.sort ? k : at));
+}
+
+// Item k of a row in its order, and its gradient; 0 where it is left out.
+template <class V>
+FL_DEVICE void read_sorted(const Problem& q, const Row& row, int k, V& v, V& g, Counts& counts) {
+  const int at = q.order[row.first + k] & INT32_MAX;
+  v = 0, g = 0;
+  if (!q.counts(row.first + at)) {
+    ++counts.left_out;
+    return;
+  }
+  v = q.sign() * load<V>(q.x, q.p.dtype, row.first + at);
+  count(counts, v);
+  g = gradient_at<V>(q, row, k, at);
 }
 
 struct Derivatives { double dx, dstrength; };   // of the item, and its part of the row's
@@ -159,6 +189,17 @@ FL_DEVICE Derivatives derivatives(const Rule<V, kl>& rule, const Marks& marks, c
   if (strength == 0) return {0, 0};
   const double ds = kl ? p * (g * length * rule.mean_weight(a, b) - all) : g - p * all;
   return {sign * ds / strength, (rule.value(a) - rule.value(k)) * ds / (strength * strength)};
+}
+
+// Writes dx of item k; returns its part of dstrength.
+template <class V, bool kl>
+FL_DEVICE double derivative_at(const Problem& q, const Rule<V, kl>& rule, const Marks& marks, const Sums<V>& sums,
+                               const Row& row, int k) {
+  const int at = q.order[row.first + k] & INT32_MAX;
+  Derivatives d = {0, 0};
+  if (k < row.extent.counted) d = derivatives(rule, marks, sums, row, q.sign(), k, gradient_at<V>(q, row, k, at));
+  store<V>(q.dx, q.p.dtype, row.first + at, d.dx);
+  return d.dstrength;
 }
 
 // The sum of every thread's, in a fixed order, to the first thread of a block.

@@ -79,19 +79,13 @@ __global__ void __launch_bounds__(most_sorting, 1) forward_kernel(const __grid_c
                                {reinterpret_cast<uint32_t*>(behind + bytes_of_cells<S>(n)), n}};
   block_suffixes(pooling.rule.sums);
   pooling.pool();
-  for (int k = threadIdx.x; k < n; k += blockDim.x) {
-    const int at = order[k];                                 // its own: nobody else has written it
-    const Answer found = answer(pooling, row, k);
-    order[k] = at | (int32_t)((uint32_t)found.starts << 31);
-    if (q.sort) store<V>(q.out, q.p.dtype, row.first + k, k < row.extent.counted ? sign * found.y : 0);
-    else static_cast<V*>(q.out)[row.first + at] = (V)found.y;
-  }
+  for (int k = threadIdx.x; k < n; k += blockDim.x) answer_at(q, pooling, row, k);
 }
 
 template <class V, bool kl>
 __global__ void __launch_bounds__(most_sorting, 1) backward_kernel(const __grid_constant__ Problem q) {
   Row row = row_of(q, blockIdx.x);
-  const int n = row.n, sign = q.sign();
+  const int n = row.n;
   if (n == 0) {
     if (q.dstrength && threadIdx.x == 0) q.dstrength[blockIdx.x] = 0;
     return;
@@ -108,18 +102,8 @@ __global__ void __launch_bounds__(most_sorting, 1) backward_kernel(const __grid_
   for (int i = threadIdx.x; i <= n / 32; i += blockDim.x) marks.words[i] = 0;
   barrier<Barrier::reduction>();
   Counts mine = {};
-  auto gradient = [&](int k, int at) { return load<V>(q.out, q.out_type(), row.first + (q.sort ? k : at)); };
   for (int k = threadIdx.x; k < n; k += blockDim.x) {
-    const int at = order[k] & INT32_MAX;
-    V v = 0, g = 0;
-    if (q.counts(row.first + at)) {
-      v = sign * load<V>(q.x, q.p.dtype, row.first + at);
-      count(mine, v);
-      g = gradient(k, at);
-    } else {
-      ++mine.left_out;
-    }
-    values[k] = v, summands[k] = g;
+    read_sorted(q, row, k, values[k], summands[k], mine);
     if (order[k] < 0) atomicOr(marks.words + (k >> 5), 1u << (k & 31));
   }
   if (threadIdx.x == 0) atomicOr(marks.words + (n >> 5), 1u << (n & 31));
@@ -136,13 +120,7 @@ __global__ void __launch_bounds__(most_sorting, 1) backward_kernel(const __grid_
   }
   block_suffixes(sums);
   double dstrength = 0;
-  for (int k = threadIdx.x; k < n; k += blockDim.x) {
-    const int at = order[k] & INT32_MAX;
-    Derivatives d = {0, 0};
-    if (k < row.extent.counted) d = derivatives(rule, marks, sums, row, sign, k, gradient(k, at));
-    store<V>(q.dx, q.p.dtype, row.first + at, d.dx);
-    dstrength += d.dstrength;
-  }
+  for (int k = threadIdx.x; k < n; k += blockDim.x) dstrength += derivative_at(q, rule, marks, sums, row, k);
   if (!q.dstrength) return;
   dstrength = block_sum(dstrength);
   if (threadIdx.x == 0) q.dstrength[blockIdx.x] = dstrength;
