@@ -20,9 +20,9 @@ SORTING = [ROOT / name for name in ("csrc/permutahedron.cu", "csrc/permutahedron
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 
 
-def build(folder, name, *defines, sources=SOURCES):
-    """A library of the kernels, one process per source."""
-    flags = ["-std=c++17", "-O2", "-fPIC", "-Wno-psabi", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE", "-DFL_CUDA_ON_HOST"]
+def build(folder, name, *defines, sources=SOURCES, others=(), optimized="-O2"):
+    """A library of the kernels, one process per source; `others` are objects of an earlier build."""
+    flags = ["-std=c++17", optimized, "-fPIC", "-Wno-psabi", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE", "-DFL_CUDA_ON_HOST"]
     flags += [f"-D{define}" for define in defines] + [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests' / 'cuda_host'}"]
     objects = [folder / f"{name}_{source.stem}.o" for source in sources]
     running = [
@@ -33,7 +33,7 @@ def build(folder, name, *defines, sources=SOURCES):
         _, errors = process.communicate()
         assert process.returncode == 0, errors
     library = folder / f"lib{name}.so"
-    subprocess.run([COMPILER, "-shared", *map(str, objects), "-o", str(library)], check=True)
+    subprocess.run([COMPILER, "-shared", *map(str, (*objects, *others)), "-o", str(library)], check=True)
     return HostCuda(library)
 
 

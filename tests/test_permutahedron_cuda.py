@@ -4,7 +4,10 @@ Builds of 64 and 256 threads to a block (of these kernels: twice that), one whos
 takes the long way, and some that leave a barrier out, which must be caught.
 """
 
+import faulthandler
 import math
+import os
+import signal
 
 import pytest
 import torch
@@ -33,11 +36,25 @@ def libraries(tmp_path_factory):
         if (way, without) not in built:
             threads, shared, *more = WAYS[way]
             defines = *more, f"FL_MOST_THREADS={threads}", f"FL_HOST_DYNAMIC_SHARED={shared}", f"FL_WITHOUT_BARRIER={without}"
-            built[way, without] = host_cuda.build(folder, f"{way}_{without}", *defines, sources=host_cuda.SORTING)
+            sources, others = host_cuda.SORTING, ()
+            if without != "none":  # of the short rows' kernels alone, which use all the barriers
+                library(way)
+                sources, others = sources[:1], [folder / f"{way}_none_{source.stem}.o" for source in sources[1:]]
+            name = f"{way}_{without}"
+            built[way, without] = host_cuda.build(folder, name, *defines, sources=sources, others=others, optimized="-O1")
         built[way, without].seed(1)
         return built[way, without]
 
     return library
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Nothing here is large enough for more, and threads do not outlive a fork."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=WAYS)
@@ -296,3 +313,78 @@ def test_long_rows(kernels, operator):
     for n, strength in ((1000, 3e-3), (5000, 1e-3)):
         strength = strength if not operator.get("sort") else 1 / strength
         check(kernels, [normal(n)], strength=strength, **operator)
+
+
+def test_empty(kernels):
+    check(kernels, [])
+    check(kernels, [[], []])
+
+
+# ---- the way taken, order, barriers, errors --------------------------------------------------------------------------
+
+
+def test_which_way_rows_go(libraries):
+    def workspace(way, n, dtype=torch.float32, name="soft_rank", **options):
+        x = torch.empty(n, dtype=dtype)
+        return libraries(way).cuda_soft_workspace(name, Soft(x, [0, n], n, **options).problem)
+
+    for kl in (False, True):  # what fits in 227 KB
+        assert workspace("256", 24000, kl=kl) == 0 == workspace("256", 18500, name="soft_rank_backward", kl=kl)
+        assert workspace("256", 18000, torch.float64, kl=kl) == 0 < workspace("256", 30000, kl=kl)
+        assert workspace("long", 100, kl=kl) > 0
+
+
+def battery(library, seed):
+    """Something of everything that threads tell one another; checked, and its bits for comparison."""
+    library.seed(seed)
+    found = []
+    for operator in ({}, dict(kl=True), dict(sort=True), dict(sort=True, kl=True)):
+        for n, strength in ((700, 0.02), (1300, 0.3)):
+            strength = strength if not operator.get("sort") else 1 / strength
+            soft = check(library, [normal(n, n), normal(n // 2, 3)], strength=strength, **operator)
+            found += [soft.out, soft.order, soft.dx, soft.dstrength]
+    return found
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_order_of_threads_does_not_change_a_bit(libraries, way):
+    for one, two in zip(battery(libraries(way), 1), battery(libraries(way), 2), strict=True):
+        assert torch.equal(one, two)
+
+
+def survives(work, seconds=120):
+    """In a process of its own: what threads take for an index may be anything, and a crash or no end count as noticed."""
+    child = os.fork()
+    if child == 0:
+        faulthandler.disable()
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(seconds)
+        try:
+            work()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize("barrier", BARRIERS)
+def test_a_missing_barrier_is_noticed(libraries, barrier):
+    assert survives(lambda: battery(libraries("64"), 0))
+    library = libraries("64", barrier)
+    assert not survives(lambda: [battery(library, seed) for seed in range(3)])
+
+
+def test_what_is_refused(kernels):
+    soft = Soft(torch.randn(100), [0, 100], 100, strength=-1.0)
+    with pytest.raises(RuntimeError, match="strength is -1, expected 0 or more"):
+        soft.forward(kernels)
+    with pytest.raises(RuntimeError, match="dtype 9 is unknown"):
+        kernels.cuda_soft("soft_rank", _native.Permutahedron(1, 5, 0, 0, 0, 1.0, 9, False, False), 0, 0, 0, 0, 0, 0)
+    with pytest.raises(RuntimeError, match="an array of items is null"):
+        kernels.cuda_soft("soft_rank", _native.Permutahedron(1, 5, 0, 0, 0, 1.0, 0, False, False), 0, 0, 0, 0, 0, 0)
+
+
+def test_a_long_row_without_its_workspace_is_refused(libraries):
+    soft = Soft(torch.randn(1000), [0, 1000], 1000)
+    with pytest.raises(RuntimeError, match="workspace is null"):
+        libraries("long").cuda_soft("soft_rank", soft.problem, pointer(soft.x), pointer(soft.out), pointer(soft.order), 0, 0, 0)
