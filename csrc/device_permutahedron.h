@@ -20,7 +20,9 @@ struct Problem {
   int32_t* order;
   void* dx;
   double* dstrength;
+  int32_t most;                // the longest row that a block of threads takes; longer ones are passed by
 
+  int64_t items() const { return p.lists.offsets && p.items > 0 ? p.items : p.lists.rows * p.lists.width; }
   FL_FUNCTION int32_t out_type() const { return sort ? p.dtype : p.dtype == FL_F64 ? FL_F64 : FL_F32; }
   FL_FUNCTION int sign() const { return (sort != 0) == (p.descending != 0) ? 1 : -1; }   // v = sign x stands in falling order
   FL_DEVICE bool counts(int64_t item) const { return !p.lists.mask || p.lists.mask[item]; }

@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(most_sorting, 1) forward_kernel(const __grid_c
   using S = typename Rule<V, kl>::S;
   Row row = row_of(q, blockIdx.x);
   const int n = row.n, sign = q.sign();
-  if (n == 0) return;
+  if (n == 0 || n > q.most) return;
   char* const memory = dynamic_shared();
   char* const behind = memory + aligned(n * (int64_t)sizeof(V));
   Key<V>* const keys = reinterpret_cast<Key<V>*>(memory);
@@ -90,6 +90,7 @@ __global__ void __launch_bounds__(most_sorting, 1) backward_kernel(const __grid_
     if (q.dstrength && threadIdx.x == 0) q.dstrength[blockIdx.x] = 0;
     return;
   }
+  if (n > q.most) return;
   char* const memory = dynamic_shared();
   V* const values = reinterpret_cast<V*>(memory);
   V* const summands = reinterpret_cast<V*>(memory + aligned(n * (int64_t)sizeof(V)));
@@ -135,8 +136,16 @@ int64_t bytes_for(const Problem& q, bool backward, int64_t n) {
   });
 }
 
-bool is_long(const Problem& q, bool backward) {
-  return bytes_for(q, backward, q.p.lists.width) > most_dynamic_shared() - 2048;   // less what is there by name
+// The longest row that a block of threads can take, and is asked to.
+int32_t most_items(const Problem& q, bool backward) {
+  const int64_t room = most_dynamic_shared() - 2048;           // less what is there by name
+  int64_t low = 0, high = q.p.lists.width;
+  while (low < high) {
+    const int64_t half = (low + high + 1) / 2;
+    if (bytes_for(q, backward, half) <= room) low = half;
+    else high = half - 1;
+  }
+  return (int32_t)low;
 }
 
 int check_problem(const Problem& q, bool backward) {
@@ -151,18 +160,25 @@ int check_problem(const Problem& q, bool backward) {
 }
 
 int64_t workspace_for(const fl_permutahedron* p, bool sort, bool backward) {
-  const Problem q{*p, sort, nullptr, nullptr, nullptr, nullptr, nullptr};
-  return p->lists.rows > 0 && p->lists.width > 0 && is_long(q, backward) ? long_workspace(q, backward) : 0;
+  Problem q{*p, sort, nullptr, nullptr, nullptr, nullptr, nullptr, 0};
+  if (p->lists.rows <= 0 || p->lists.width <= 0) return 0;
+  q.most = most_items(q, backward);
+  return q.most < p->lists.width ? long_workspace(q, backward) : 0;
 }
 
-int run(const Problem& q, bool backward, void* memory, int64_t bytes, void* stream) {
+// Rows of one length go one way. Of ragged rows nobody here knows more than `width`: where that is too long, each way
+// takes those that are its.
+int run(Problem q, bool backward, void* memory, int64_t bytes, void* stream) {
   if (int status = check_problem(q, backward)) return status;
-  const int64_t rows = q.p.lists.rows, width = q.p.lists.width;
+  const int64_t rows = q.p.lists.rows;
   if (rows == 0) return 0;
-  if (is_long(q, backward)) {
+  q.most = most_items(q, backward);
+  if (q.most < q.p.lists.width) {
     if (int status = check_workspace(memory, bytes, long_workspace(q, backward))) return status;
-    return run_long(q, backward, memory, stream);
+    if (int status = run_long(q, backward, memory, stream)) return status;
+    if (!q.p.lists.offsets) return 0;
   }
+  const int64_t width = q.most;
   int threads = warp;
   while (threads < most_sorting && threads * 8 < width) threads *= 2;
   return with_kernel(q, [&](auto v, auto kl) {
@@ -189,20 +205,20 @@ int64_t fl_cuda_soft_sort_backward_workspace(const fl_permutahedron* p) { return
 
 int fl_cuda_soft_rank(const fl_permutahedron* p, const void* x, void* ranks, int32_t* order, void* workspace,
                       int64_t bytes, void* stream) {
-  return run({*p, 0, x, ranks, order, nullptr, nullptr}, false, workspace, bytes, stream);
+  return run({*p, 0, x, ranks, order, nullptr, nullptr, 0}, false, workspace, bytes, stream);
 }
 int fl_cuda_soft_rank_backward(const fl_permutahedron* p, const void* x, const int32_t* order, const void* dranks,
                                void* dx, double* dstrength, void* workspace, int64_t bytes, void* stream) {
-  return run({*p, 0, x, const_cast<void*>(dranks), const_cast<int32_t*>(order), dx, dstrength}, true, workspace, bytes,
+  return run({*p, 0, x, const_cast<void*>(dranks), const_cast<int32_t*>(order), dx, dstrength, 0}, true, workspace, bytes,
              stream);
 }
 int fl_cuda_soft_sort(const fl_permutahedron* p, const void* x, void* sorted, int32_t* order, void* workspace,
                       int64_t bytes, void* stream) {
-  return run({*p, 1, x, sorted, order, nullptr, nullptr}, false, workspace, bytes, stream);
+  return run({*p, 1, x, sorted, order, nullptr, nullptr, 0}, false, workspace, bytes, stream);
 }
 int fl_cuda_soft_sort_backward(const fl_permutahedron* p, const void* x, const int32_t* order, const void* dsorted,
                                void* dx, double* dstrength, void* workspace, int64_t bytes, void* stream) {
-  return run({*p, 1, x, const_cast<void*>(dsorted), const_cast<int32_t*>(order), dx, dstrength}, true, workspace, bytes,
+  return run({*p, 1, x, const_cast<void*>(dsorted), const_cast<int32_t*>(order), dx, dstrength, 0}, true, workspace, bytes,
              stream);
 }
 

@@ -29,9 +29,9 @@ void released(Work work) {
 }
 
 fl_permutahedron make(int64_t rows, int64_t width, Address offsets, Address mask, Address strengths, double strength,
-                      int32_t dtype, bool kl, bool descending) {
+                      int32_t dtype, bool kl, bool descending, int64_t items) {
   return {{rows, width, pointer<const int64_t>(offsets), pointer<const uint8_t>(mask)}, pointer<const double>(strengths),
-          strength, dtype, kl, descending};
+          strength, dtype, kl, descending, items};
 }
 
 }  // namespace
@@ -41,7 +41,8 @@ void add_permutahedron(py::module_& m) {
   using P = fl_permutahedron;
   py::class_<P>(m, "Permutahedron")
       .def(py::init(&make), py::arg("rows"), py::arg("width"), py::arg("offsets"), py::arg("mask"),
-           py::arg("strengths"), py::arg("strength"), py::arg("dtype"), py::arg("kl"), py::arg("descending"))
+           py::arg("strengths"), py::arg("strength"), py::arg("dtype"), py::arg("kl"), py::arg("descending"),
+           py::arg("items") = 0)
       .def("__bytes__", [](const P& p) { return py::bytes(reinterpret_cast<const char*>(&p), sizeof p); });
   m.def("soft_rank", [](const P& p, Address x, Address ranks, Address order) {
     released([&] { return fl_soft_rank(&p, pointer<void>(x), pointer<void>(ranks), pointer<int32_t>(order)); });

@@ -24,7 +24,7 @@ F64 = 3
 DTYPES = {torch.float32: _native.F32, torch.bfloat16: _native.BF16, torch.float16: _native.F16, torch.float64: F64}
 # Of fp64: a soft rank by log-sum-exps is exp of a difference that carries log2(n) fewer bits.
 ROUNDING = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float64: 4e-11}
-WAYS = {"64": (64, 227 << 10), "256": (256, 227 << 10), "long": (64, 2560, "FL_SORTED_CHUNK=64", "FL_SORTED_AT_ONCE=1000")}
+WAYS = {"64": (64, 227 << 10), "256": (256, 227 << 10), "long": (64, 2560, "FL_SORTED_CHUNK=64")}
 BARRIERS = ("reduction", "sorted", "scanned", "marked", "pooled")
 
 
@@ -139,6 +139,7 @@ class Soft:
     """A problem's tensors, and the kernels' answers."""
 
     def __init__(self, x, offsets, width, strengths=None, strength=1.0, sort=False, kl=False, descending=False, mask=None):
+        """`width`: with offsets of unequal steps, the longest row or more."""
         self.x, self.offsets, self.mask, self.strengths = x, offsets, mask, strengths
         self.rows, self.name = len(offsets) - 1, "soft_sort" if sort else "soft_rank"
         at = torch.tensor(offsets)
@@ -146,7 +147,7 @@ class Soft:
         ragged = any(b - a != width for a, b in zip(offsets, offsets[1:]))
         self.problem = _native.Permutahedron(
             self.rows, width, pointer(at) if ragged else 0, pointer(mask), pointer(strengths), strength, DTYPES[x.dtype], kl,
-            descending,
+            descending, len(x) if ragged else 0,
         )  # fmt: skip
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         self.out = torch.full(x.shape, NAN, dtype=x.dtype if sort else wide)
@@ -175,7 +176,7 @@ def close(got, exact, rounding, what):
         assert error <= rounding * size + 1e-300, f"{what}: error {error:.3g} of {size:.3g}"
 
 
-def check(library, rows, dtype=torch.float32, strengths=None, mask=None, seed=0, starts=True, **options):
+def check(library, rows, dtype=torch.float32, strengths=None, mask=None, seed=0, starts=True, width=0, **options):
     """Forward and backward of rows (lists or tensors), each beside its truth."""
     rows = [torch.as_tensor(row, dtype=torch.float64).to(dtype) for row in rows]
     offsets = [0]
@@ -186,7 +187,7 @@ def check(library, rows, dtype=torch.float32, strengths=None, mask=None, seed=0,
     x = torch.cat(rows) if rows else torch.empty(0, dtype=dtype)
     counts = torch.ones(len(x), dtype=torch.bool) if mask is None else mask
     poisoned = x.masked_fill(~counts, NAN)
-    soft = Soft(poisoned, offsets, max([len(r) for r in rows], default=0), given, each[0] if rows else 1.0,
+    soft = Soft(poisoned, offsets, max([width, *map(len, rows)]), given, each[0] if rows else 1.0,
                 mask=None if mask is None else mask.to(torch.uint8), **options)  # fmt: skip
     soft.forward(library)
     g = torch.randn(len(x), generator=torch.Generator().manual_seed(seed)).to(soft.out.dtype)
@@ -247,7 +248,9 @@ def test_many_rows_of_other_strengths_and_masks(kernels, operator):
     rows = [normal(n, n, 3) for n in (40, 1, 150, 0, 64, 257)]
     mask = torch.rand(sum(map(len, rows)), generator=torch.Generator().manual_seed(2)) < 0.6
     mask[40] = False
-    check(kernels, rows, strengths=[0.3, 1.0, 1e-2, 1.0, 0.0, 5.0], mask=mask, **operator)
+    for width in (0, len(mask)):
+        check(kernels, rows, strengths=[0.3, 1.0, 1e-2, 1.0, 0.0, 5.0], mask=mask, width=width, **operator)
+    check(kernels, rows, dtype=torch.float64, strength=0.3, width=2000, **operator)
 
 
 @operators
