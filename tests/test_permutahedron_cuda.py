@@ -1,7 +1,7 @@
 """The CUDA kernels of soft sort and soft rank, executed on the host, beside pooling in plain fp64.
 
-Builds of 64 and 256 threads to a block (of these kernels: twice that), one whose shared memory is so small that every row
-takes the long way, and some that leave a barrier out, which must be caught.
+Builds of 64 and 256 threads to a block (of these kernels: twice that), one whose shared memory is so small that rows
+take the long way, and some that leave a barrier out, which must be caught.
 """
 
 import faulthandler
@@ -35,13 +35,20 @@ def libraries(tmp_path_factory):
     def library(way, without="none"):
         if (way, without) not in built:
             threads, shared, *more = WAYS[way]
-            defines = *more, f"FL_MOST_THREADS={threads}", f"FL_HOST_DYNAMIC_SHARED={shared}", f"FL_WITHOUT_BARRIER={without}"
+            defines = (
+                *more,
+                f"FL_MOST_THREADS={threads}",
+                f"FL_HOST_DYNAMIC_SHARED={shared}",
+                f"FL_WITHOUT_BARRIER={without}",
+            )
             sources, others = host_cuda.SORTING, ()
             if without != "none":  # of the short rows' kernels alone, which use all the barriers
                 library(way)
                 sources, others = sources[:1], [folder / f"{way}_none_{source.stem}.o" for source in sources[1:]]
             name = f"{way}_{without}"
-            built[way, without] = host_cuda.build(folder, name, *defines, sources=sources, others=others, optimized="-O1")
+            built[way, without] = host_cuda.build(
+                folder, name, *defines, sources=sources, others=others, optimized="-O1"
+            )
         built[way, without].seed(1)
         return built[way, without]
 
@@ -67,6 +74,7 @@ def kernels(request, libraries):
 
 def blocks(v, strength, sort, kl, counted, begin):
     """[(start, end)] of the finite items v, which fall and are `counted - begin - k` from the row's end."""
+
     def weight(k):
         return counted - begin - k
 
@@ -96,7 +104,7 @@ def blocks(v, strength, sort, kl, counted, begin):
 
 
 def truth(x, strength, sort, kl, descending):
-    """Outputs of one fp64 row without a mask, differentiable in x and in a strength > 0; and the starts of its blocks."""
+    """Outputs of one fp64 row without a mask, differentiable in x and in a strength > 0; the starts of its blocks."""
     sign = 1 if sort == descending else -1
     order = sorted(range(len(x)), key=lambda i: -sign * x[i].item())
     v = (sign * x)[order]
@@ -138,7 +146,9 @@ def pointer(t):
 class Soft:
     """A problem's tensors, and the kernels' answers."""
 
-    def __init__(self, x, offsets, width, strengths=None, strength=1.0, sort=False, kl=False, descending=False, mask=None):
+    def __init__(
+        self, x, offsets, width, strengths=None, strength=1.0, sort=False, kl=False, descending=False, mask=None
+    ):
         """`width`: with offsets of unequal steps, the longest row or more."""
         self.x, self.offsets, self.mask, self.strengths = x, offsets, mask, strengths
         self.rows, self.name = len(offsets) - 1, "soft_sort" if sort else "soft_rank"
@@ -162,7 +172,10 @@ class Soft:
         return self
 
     def backward(self, library, g):
-        self.dx, self.dstrength = torch.full(self.x.shape, NAN, dtype=self.x.dtype), torch.full((self.rows,), NAN).double()
+        self.dx, self.dstrength = (
+            torch.full(self.x.shape, NAN, dtype=self.x.dtype),
+            torch.full((self.rows,), NAN).double(),
+        )
         self.run(library, f"{self.name}_backward", self.x, self.order, g, self.dx, self.dstrength)
         return self
 
@@ -170,7 +183,9 @@ class Soft:
 def close(got, exact, rounding, what):
     got, exact = got.double(), exact.double()
     finite = exact.isfinite()
-    assert torch.equal(got.isfinite(), finite) and torch.equal(got.nan_to_num(3)[~finite], exact.nan_to_num(3)[~finite]), what
+    assert torch.equal(got.isfinite(), finite) and torch.equal(
+        got.nan_to_num(3)[~finite], exact.nan_to_num(3)[~finite]
+    ), what
     if finite.any():
         error, size = (got - exact)[finite].abs().max().item(), exact[finite].abs().max().item()
         assert error <= rounding * size + 1e-300, f"{what}: error {error:.3g} of {size:.3g}"
@@ -212,7 +227,9 @@ def check(library, rows, dtype=torch.float32, strengths=None, mask=None, seed=0,
         assert (kept & 0x7FFFFFFF).tolist() == mine[order].tolist() + rest
         if starts:
             assert (kept < 0).nonzero()[:, 0].tolist() == begins + list(range(m, b - a))
-        wanted = torch.autograd.grad(y, (leaf, e), g[where].double(), allow_unused=True) if y.requires_grad else (None, None)
+        wanted = (
+            torch.autograd.grad(y, (leaf, e), g[where].double(), allow_unused=True) if y.requires_grad else (None, None)
+        )
         dx, de = (torch.zeros_like(t) if d is None else d for t, d in zip((leaf, e), wanted))
         rounding = max(ROUNDING[dtype], 2 * rounding)
         close(soft.dx[a:b][counts[a:b]], dx.nan_to_num(0), rounding, f"dx of row {i}")
@@ -222,7 +239,9 @@ def check(library, rows, dtype=torch.float32, strengths=None, mask=None, seed=0,
         size = (dx.nan_to_num(0) * leaf.detach().nan_to_num(0, 0, 0)).abs().sum() / each[i]
         if options["sort"]:
             size = g[where].double().abs().sum() * m / each[i] ** 2
-        assert abs(soft.dstrength[i].item() - de.item()) <= 4 * ROUNDING[torch.float32] * size.item() + 1e-12, f"de of row {i}"
+        assert abs(soft.dstrength[i].item() - de.item()) <= 4 * ROUNDING[torch.float32] * size.item() + 1e-12, (
+            f"de of row {i}"
+        )
     return soft
 
 
@@ -266,7 +285,9 @@ def test_dtypes(kernels, operator, dtype):
 def test_ties(kernels, operator, strength, dtype):
     values = torch.tensor([0.1, 0.3, -0.7, 1e6 + 0.25, 0.0, -0.0])
     rows = [values[torch.randint(0, 6, (n,), generator=torch.Generator().manual_seed(n))] for n in (6, 90, 260)]
-    check(kernels, [*rows, torch.full((200,), 0.1)], dtype=dtype, strength=strength, starts=strength != 1e-6, **operator)
+    check(
+        kernels, [*rows, torch.full((200,), 0.1)], dtype=dtype, strength=strength, starts=strength != 1e-6, **operator
+    )
 
 
 @operators
@@ -356,7 +377,7 @@ def test_the_order_of_threads_does_not_change_a_bit(libraries, way):
 
 
 def survives(work, seconds=120):
-    """In a process of its own: what threads take for an index may be anything, and a crash or no end count as noticed."""
+    """In a process of its own: what threads take for an index may be anything; a crash or no end is noticed too."""
     child = os.fork()
     if child == 0:
         faulthandler.disable()
@@ -390,4 +411,6 @@ def test_what_is_refused(kernels):
 def test_a_long_row_without_its_workspace_is_refused(libraries):
     soft = Soft(torch.randn(1000), [0, 1000], 1000)
     with pytest.raises(RuntimeError, match="workspace is null"):
-        libraries("long").cuda_soft("soft_rank", soft.problem, pointer(soft.x), pointer(soft.out), pointer(soft.order), 0, 0, 0)
+        libraries("long").cuda_soft(
+            "soft_rank", soft.problem, pointer(soft.x), pointer(soft.out), pointer(soft.order), 0, 0, 0
+        )
