@@ -117,7 +117,14 @@ struct Sums {
   int begin, end;
 
   FL_DEVICE Suffix none() const { return {0, 0}; }
-  FL_DEVICE Suffix item(int k) const { return {(double)values[k], 0}; }
+  // Of the items [k, next) and what is behind them. Only the first of two_sum's additions waits for the item before.
+  FL_DEVICE Suffix prepend(int k, int next, Suffix sum) const {
+    for (int j = next - 1; j >= k; --j) {
+      const Suffix more = two_sum(sum.hi, values[j]);
+      sum.hi = more.hi, sum.lo += more.lo;
+    }
+    return sum;
+  }
   FL_DEVICE Suffix join(Suffix a, Suffix b) const { return add(a, b); }
   FL_DEVICE Cell pack(Suffix a) const { return a; }
   FL_DEVICE Suffix unpack(Cell a, int) const { return a; }
@@ -141,7 +148,13 @@ struct LogSums {
   double scale;
 
   FL_DEVICE Suffix none() const { return {0, -INFINITY}; }
-  FL_DEVICE Suffix item(int k) const { return {(double)values[k], 0}; }
+  FL_DEVICE Suffix prepend(int k, int next, Suffix sum) const {
+    if (k >= next) return sum;
+    const double top = values[k];
+    double total = sum.lo == -INFINITY ? 1 : 1 + ::exp(sum.lo - apart(top, sum.hi));
+    for (int j = k + 1; j < next; ++j) total += ::exp(-apart(top, values[j]));
+    return {top, ::log(total)};
+  }
   FL_DEVICE Suffix join(Suffix a, Suffix b) const {
     if (b.lo == -INFINITY) return a;
     if (a.lo == -INFINITY) return b;
@@ -165,8 +178,7 @@ FL_DEVICE Suffix suffix_from(const S& s, int k) {
   if (k >= s.end) return sum;
   const int cell = (k + S::stride - 1) / S::stride, next = cell * S::stride;
   if (next < s.end) sum = s.unpack(s.cells[cell], next);
-  for (int j = (next < s.end ? next : s.end) - 1; j >= k; --j) sum = s.join(s.item(j), sum);
-  return sum;
+  return s.prepend(k, next < s.end ? next : s.end, sum);
 }
 template <class V> FL_DEVICE Suffix Sums<V>::from(int k) const { return suffix_from(*this, k); }
 template <class V> FL_DEVICE Suffix LogSums<V>::from(int k) const { return suffix_from(*this, k); }
@@ -185,8 +197,8 @@ FL_DEVICE Suffix block_suffixes(const S& s) {
   const int first = threadIdx.x * each, last = first + each < cells ? first + each : cells;
   Suffix mine = s.none();
   for (int c = last - 1; c >= first; --c) {
-    for (int k = ((c + 1) * S::stride < s.end ? (c + 1) * S::stride : s.end) - 1; k >= c * S::stride && k >= s.begin; --k)
-      mine = s.join(s.item(k), mine);
+    const int from = c * S::stride, next = from + S::stride;
+    mine = s.prepend(from > s.begin ? from : s.begin, next < s.end ? next : s.end, mine);
     s.cells[c] = s.pack(mine);
   }
   Suffix behind = s.none();

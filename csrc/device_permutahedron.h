@@ -74,7 +74,7 @@ FL_DEVICE Row row_of(const Problem& q, int64_t row) {
 }
 
 FL_DEVICE void settle(Row& row, const Counts& c) {
-  row.nan = c.nan > 0;
+  row.nan = c.nan > 0 || !(row.strength >= 0);                 // nobody on the host has seen the strengths
   row.extent.counted = row.n - c.left_out;
   row.extent.begin = row.nan ? row.extent.counted : c.above;   // nothing is finite in a row with a NaN
   row.extent.end = row.extent.counted - (row.nan ? 0 : c.below);

@@ -42,10 +42,10 @@ FL_DEVICE void exchange(K& key, int32_t& index, K& other, int32_t& its) {
   key = other, index = its, other = k, its = i;
 }
 
-// The strides apart * count / 2, ..., apart of a bitonic merge, within `count` pairs that stand `apart` from `first` on.
-// The strides from `widest` (in pairs) down; with flips, all merges of 2, 4, ..., count.
+// Of `count` pairs that stand `apart` from one another, from `first` on: the strides count / 2, ..., 1 of a bitonic merge;
+// or with `merges`, all merges of 2, 4, ..., count, each of which compares mirrored pairs first.
 template <class K, int count>
-FL_DEVICE void exchange_in_registers(K* keys, int32_t* indices, int first, int apart, int n, bool flips) {
+FL_DEVICE void exchange_in_registers(K* keys, int32_t* indices, int first, int apart, int n, bool merges) {
   K key[count];
   int32_t index[count];
 #pragma unroll
@@ -53,7 +53,7 @@ FL_DEVICE void exchange_in_registers(K* keys, int32_t* indices, int first, int a
     const int at = first + q * apart;
     key[q] = at < n ? keys[at] : ~(K)0, index[q] = at < n ? indices[at] : INT32_MAX;
   }
-  if (flips) {
+  if (merges) {
 #pragma unroll
     for (int size = 2; size < count; size *= 2) {
 #pragma unroll
@@ -73,7 +73,7 @@ FL_DEVICE void exchange_in_registers(K* keys, int32_t* indices, int first, int a
   }
 #pragma unroll
   for (int stride = count / 2; stride > 0; stride /= 2)
-    if (!flips || stride < count / 2) {
+    if (!merges || stride < count / 2) {
 #pragma unroll
       for (int q = 0; q < count; ++q)
         if (!(q & stride)) exchange(key[q], index[q], key[q + stride], index[q + stride]);

@@ -99,7 +99,10 @@ struct Totals {
   int begin, end;
   S s;
   FL_DEVICE Suffix none() const { return s.none(); }
-  FL_DEVICE Suffix item(int k) const { return totals[k]; }
+  FL_DEVICE Suffix prepend(int k, int next, Suffix sum) const {
+    for (int j = next - 1; j >= k; --j) sum = s.join(totals[j], sum);
+    return sum;
+  }
   FL_DEVICE Suffix join(Suffix a, Suffix b) const { return s.join(a, b); }
   FL_DEVICE Cell pack(Suffix a) const { return a; }
   FL_DEVICE Suffix unpack(Cell a, int) const { return a; }

@@ -304,6 +304,10 @@ def test_infinities_and_nan(kernels, operator, strength):
     for found in (soft.out, soft.dx):
         assert found[40:53].isnan().all() and found[:40].isfinite().all() and found[53:].isfinite().all()
     assert soft.dstrength.isnan().tolist() == [False, True, False]
+    wrong = Soft(x[:40].repeat(2), [0, 40, 80], 40, torch.tensor([-1.0, 1.0], dtype=torch.float64), **operator)
+    wrong.forward(kernels).backward(kernels, torch.ones_like(wrong.out))
+    for found in (wrong.out, wrong.dx):
+        assert found[:40].isnan().all() and found[40:].isfinite().all()
     assert sorted((soft.order[40:53] & 0x7FFFFFFF).tolist()) == list(range(13))
 
 
