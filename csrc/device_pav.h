@@ -221,6 +221,25 @@ FL_DEVICE Suffix block_suffixes(const S& s) {
   return rest;
 }
 
+// Sums of whole parts of a row, as if they were items.
+template <class S>
+struct Totals {
+  static constexpr int stride = 1;
+  using Cell = Suffix;
+  const Suffix* totals;
+  Suffix* cells;
+  int begin, end;
+  S s;
+  FL_DEVICE Suffix none() const { return s.none(); }
+  FL_DEVICE Suffix prepend(int k, int next, Suffix sum) const {
+    for (int j = next - 1; j >= k; --j) sum = s.join(totals[j], sum);
+    return sum;
+  }
+  FL_DEVICE Suffix join(Suffix a, Suffix b) const { return s.join(a, b); }
+  FL_DEVICE Cell pack(Suffix a) const { return a; }
+  FL_DEVICE Suffix unpack(Cell a, int) const { return a; }
+};
+
 // ---- the rule --------------------------------------------------------------------------------------------------------
 
 // Of a row, or of a part of it counted from the part's beginning.

@@ -89,26 +89,7 @@ FL_DEVICE S in_chunk(S s, int low) {
   return s;
 }
 
-// Sums of whole chunks, as if they were items.
-template <class S>
-struct Totals {
-  static constexpr int stride = 1;
-  using Cell = Suffix;
-  const Suffix* totals;
-  Suffix* cells;
-  int begin, end;
-  S s;
-  FL_DEVICE Suffix none() const { return s.none(); }
-  FL_DEVICE Suffix prepend(int k, int next, Suffix sum) const {
-    for (int j = next - 1; j >= k; --j) sum = s.join(totals[j], sum);
-    return sum;
-  }
-  FL_DEVICE Suffix join(Suffix a, Suffix b) const { return s.join(a, b); }
-  FL_DEVICE Cell pack(Suffix a) const { return a; }
-  FL_DEVICE Suffix unpack(Cell a, int) const { return a; }
-};
-
-// ---- kernels: all but `clear`, `carry` and `merge` have a block of threads per chunk -----------------------------------
+// ---- kernels: most have a block of threads per chunk -------------------------------------------------------------------
 
 #define FL_SORTED_KERNEL(name) \
   template <class V, bool kl>  \

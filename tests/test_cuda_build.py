@@ -25,8 +25,8 @@ BUDGET = {
     "permutahedron": {"forward_kernel.": 104, "backward_kernel.": 104},
     "permutahedron_long": {
         **{"leaf_kernel.": 104, "merge_kernel.": 96},
-        **{"answer_kernel.": 80, "derivative_kernel.": 80, "summand_kernel.": 80},
-        **{"(gather|gather_sorted|spread|scan|carry|total|clear)_kernel.": 64},
+        **{"answer_kernel.": 80, "derivative_kernel.": 96, "summand_kernel.": 80},
+        **{"(gather|gather_sorted|rows|spread|scan|carry|total|clear)_kernel.": 80},
     },
 }
 STACK = {"column_kernel": 192}  # bytes: states of 8 statistics of 3 doubles, which a thread has to itself
