@@ -155,10 +155,9 @@ class Soft:
         at = torch.tensor(offsets)
         self.kept = at, mask
         ragged = any(b - a != width for a, b in zip(offsets, offsets[1:]))
-        self.problem = _native.Permutahedron(
-            self.rows, width, pointer(at) if ragged else 0, pointer(mask), pointer(strengths), strength, DTYPES[x.dtype], kl,
-            descending, len(x) if ragged else 0,
-        )  # fmt: skip
+        where = pointer(at) if ragged else 0, pointer(mask), pointer(strengths)
+        what = strength, DTYPES[x.dtype], kl, descending, len(x) if ragged else 0
+        self.problem = _native.Permutahedron(self.rows, width, *where, *what)
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         self.out = torch.full(x.shape, NAN, dtype=x.dtype if sort else wide)
         self.order = torch.full(x.shape, 7, dtype=torch.int32)
