@@ -106,7 +106,7 @@ def measure(
 
 def versions() -> str:
     found = [f"torch {torch.__version__}"]
-    for name in ("triton", "liger_kernel", "cut_cross_entropy", "quack", "siglip_kernel", "inf_cl"):
+    for name in ("triton", "liger_kernel", "cut_cross_entropy", "quack", "siglip_kernel", "inf_cl", "torchsort"):
         module = sys.modules.get(name)
         if module is not None:
             found.append(f"{name} {getattr(module, '__version__', '?')}")

@@ -1,5 +1,5 @@
-"""The benchmark of `make gpu`: linear_cross_entropy, cross_entropy, the contrastive losses and the factored layer on a
-GPU, beside the bare GEMMs and the peers.
+"""The benchmark of `make gpu`: linear_cross_entropy, cross_entropy, the contrastive losses, the factored layer and the
+soft sorts on a GPU, beside the bare GEMMs, the hard sort and the peers.
 
     python bench/gpu.py --rows bench/results/h200.csv          # on a CUDA device
     python bench/gpu.py --device cpu --quick                   # a dry run of the same code, tiny, without a GPU
@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
 import gpu_contrastive
+import gpu_sorting
 import gpu_spherical
 import torch
 import torch.nn.functional as F
@@ -160,6 +161,7 @@ def main() -> None:
     parser.add_argument("--shapes", type=int, nargs="*", help="only these of the linear shapes, by number")
     parser.add_argument("--contrastive", type=int, nargs="*", help="only these of the contrastive shapes, by number")
     parser.add_argument("--factored", type=int, nargs="*", help="only these of the factored shapes, by number")
+    parser.add_argument("--sorting", type=int, nargs="*", help="only these of the sorted shapes, by number")
     given = parser.parse_args()
     device = torch.device(given.device)
     if device.type == "cpu" and backends.triton.interpreted():
@@ -197,7 +199,8 @@ def main() -> None:
         del calls, check
         if clock.cuda:
             torch.cuda.empty_cache()
-    for case, calls, check in gpu_spherical.cases(device, given.quick, given.factored):
+    fp32 = ((gpu_spherical, given.factored), (gpu_sorting, given.sorting))
+    for case, calls, check in (each for module, only in fp32 for each in module.cases(device, given.quick, only)):
         about = machine, commit(), versions()
         rows += measure(case, calls, check, clock, about, given.quick, dtype="fp32")
         report(rows, given.rows)

@@ -72,7 +72,7 @@ FL_DEVICE uint32_t narrow_half(float x, int32_t dtype) {
 
 // ---- threads -------------------------------------------------------------------------------------------------------
 
-enum class Barrier { none, reduction, list, loaded };
+enum class Barrier { none, reduction, list, loaded, sorted, scanned, marked, pooled };
 
 template <Barrier which>
 FL_DEVICE void barrier() {
@@ -95,19 +95,48 @@ FL_DEVICE T& shared() {
 #endif
 }
 
+// A block's shared memory beside that, as much as the launch asks for.
+FL_DEVICE char* dynamic_shared() {
+#if defined(FL_CUDA_ON_HOST)
+  return host::device.dynamic;
+#else
+  extern __shared__ __align__(16) char memory[];
+  return memory;
+#endif
+}
+
+// The most that a launch may ask for on the current device.
+inline int64_t most_dynamic_shared() {
+#if defined(FL_CUDA_ON_HOST)
+  return host::dynamic_bytes;
+#else
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) == cudaSuccess &&
+      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess)
+    return bytes;
+  cudaGetLastError();
+  return 48 << 10;
+#endif
+}
+
 template <class Parameters>
 int launch(const char* name, void (*kernel)(Parameters), int64_t grid_x, int64_t grid_y, int threads, void* stream,
-           Parameters parameters) {
+           Parameters parameters, int64_t shared_bytes = 0) {
   static_assert(sizeof(Parameters) <= 4096, "what every device takes as kernel parameters");
   if (grid_x > INT32_MAX || grid_y > 65535) return fail("%s: a tile of this size needs too many blocks", name);
 #if defined(FL_CUDA_ON_HOST)
   (void)stream;
-  const char* wrong = host::run([&] { kernel(parameters); }, (unsigned)grid_x, (unsigned)grid_y, (unsigned)threads);
+  const char* wrong = host::run([&] { kernel(parameters); }, (unsigned)grid_x, (unsigned)grid_y, (unsigned)threads,
+                                (size_t)shared_bytes);
   return wrong ? fail("%s: %s", name, wrong) : 0;
 #else
   void* arguments[] = {&parameters};
-  cudaError_t status = cudaLaunchKernel((const void*)kernel, dim3((unsigned)grid_x, (unsigned)grid_y), dim3(threads),
-                                        arguments, 0, (cudaStream_t)stream);
+  cudaError_t status = cudaSuccess;
+  if (shared_bytes > (32 << 10))   // what every device gives unasked, less the kernels' own
+    status = cudaFuncSetAttribute((const void*)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared_bytes);
+  if (status == cudaSuccess)
+    status = cudaLaunchKernel((const void*)kernel, dim3((unsigned)grid_x, (unsigned)grid_y), dim3(threads), arguments,
+                              (size_t)shared_bytes, (cudaStream_t)stream);
   if (status == cudaSuccess) return 0;
   cudaGetLastError();   // said here; not left for whoever asks next
   return fail("%s: %s", name, cudaGetErrorString(status));

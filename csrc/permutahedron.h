@@ -26,6 +26,8 @@ typedef struct {
   double strength;             // e of every row where strengths is null
   int32_t dtype;               // of values: FL_F32, FL_BF16, FL_F16 or FL_F64
   int32_t kl, descending;      // 0 or 1
+  int64_t items;               // of all rows, or more: read on a device, with offsets, which only the device can look at
+                               // (and then lists.width may be too much; the longest row is best). 0: rows * width
 } fl_permutahedron;
 
 // order, one int32 per item, is all that is kept: entry k of a row is the position (0 to n - 1) of the k-th item as the

@@ -14,6 +14,10 @@ using Address = uintptr_t;
 template <class T>
 T* pointer(Address address) { return reinterpret_cast<T*>(address); }
 
+void raise_if(int status) {
+  if (status) throw std::runtime_error(fl_error());
+}
+
 template <class Work>
 void released(Work work) {
   int status;
@@ -21,13 +25,13 @@ void released(Work work) {
     py::gil_scoped_release free;
     status = work();
   }
-  if (status) throw std::runtime_error(fl_error());
+  raise_if(status);
 }
 
 fl_permutahedron make(int64_t rows, int64_t width, Address offsets, Address mask, Address strengths, double strength,
-                      int32_t dtype, bool kl, bool descending) {
+                      int32_t dtype, bool kl, bool descending, int64_t items) {
   return {{rows, width, pointer<const int64_t>(offsets), pointer<const uint8_t>(mask)}, pointer<const double>(strengths),
-          strength, dtype, kl, descending};
+          strength, dtype, kl, descending, items};
 }
 
 }  // namespace
@@ -37,7 +41,8 @@ void add_permutahedron(py::module_& m) {
   using P = fl_permutahedron;
   py::class_<P>(m, "Permutahedron")
       .def(py::init(&make), py::arg("rows"), py::arg("width"), py::arg("offsets"), py::arg("mask"),
-           py::arg("strengths"), py::arg("strength"), py::arg("dtype"), py::arg("kl"), py::arg("descending"))
+           py::arg("strengths"), py::arg("strength"), py::arg("dtype"), py::arg("kl"), py::arg("descending"),
+           py::arg("items") = 0)
       .def("__bytes__", [](const P& p) { return py::bytes(reinterpret_cast<const char*>(&p), sizeof p); });
   m.def("soft_rank", [](const P& p, Address x, Address ranks, Address order) {
     released([&] { return fl_soft_rank(&p, pointer<void>(x), pointer<void>(ranks), pointer<int32_t>(order)); });
@@ -56,5 +61,29 @@ void add_permutahedron(py::module_& m) {
       return fl_soft_sort_backward(&p, pointer<void>(x), pointer<int32_t>(order), pointer<void>(g), pointer<void>(dx),
                                    pointer<double>(dstrength));
     });
+  });
+
+  // On a device. They only launch, which is not worth giving the interpreter away for.
+  m.def("cuda_soft_rank_workspace", [](const P& p) { return fl_cuda_soft_rank_workspace(&p); });
+  m.def("cuda_soft_rank_backward_workspace", [](const P& p) { return fl_cuda_soft_rank_backward_workspace(&p); });
+  m.def("cuda_soft_sort_workspace", [](const P& p) { return fl_cuda_soft_sort_workspace(&p); });
+  m.def("cuda_soft_sort_backward_workspace", [](const P& p) { return fl_cuda_soft_sort_backward_workspace(&p); });
+  m.def("cuda_soft_rank", [](const P& p, Address x, Address ranks, Address order, Address workspace, int64_t bytes, Address stream) {
+    raise_if(fl_cuda_soft_rank(&p, pointer<void>(x), pointer<void>(ranks), pointer<int32_t>(order), pointer<void>(workspace),
+                               bytes, pointer<void>(stream)));
+  });
+  m.def("cuda_soft_sort", [](const P& p, Address x, Address sorted, Address order, Address workspace, int64_t bytes, Address stream) {
+    raise_if(fl_cuda_soft_sort(&p, pointer<void>(x), pointer<void>(sorted), pointer<int32_t>(order), pointer<void>(workspace),
+                               bytes, pointer<void>(stream)));
+  });
+  m.def("cuda_soft_rank_backward", [](const P& p, Address x, Address order, Address g, Address dx, Address dstrength,
+                                      Address workspace, int64_t bytes, Address stream) {
+    raise_if(fl_cuda_soft_rank_backward(&p, pointer<void>(x), pointer<int32_t>(order), pointer<void>(g), pointer<void>(dx),
+                                        pointer<double>(dstrength), pointer<void>(workspace), bytes, pointer<void>(stream)));
+  });
+  m.def("cuda_soft_sort_backward", [](const P& p, Address x, Address order, Address g, Address dx, Address dstrength,
+                                      Address workspace, int64_t bytes, Address stream) {
+    raise_if(fl_cuda_soft_sort_backward(&p, pointer<void>(x), pointer<int32_t>(order), pointer<void>(g), pointer<void>(dx),
+                                        pointer<double>(dstrength), pointer<void>(workspace), bytes, pointer<void>(stream)));
   });
 }

@@ -16,24 +16,28 @@ SOURCES = [
     ROOT / name
     for name in ("csrc/row_statistics.cu", "csrc/column_statistics.cu", "csrc/row_gradient.cu", "tests/cuda_host/host.cpp")
 ]
+SORTING = [ROOT / name for name in ("csrc/permutahedron.cu", "csrc/permutahedron_long.cu", "tests/cuda_host/host.cpp")]
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 
 
-def build(folder, name, *defines):
-    """A library of the kernels, one process per source."""
-    flags = ["-std=c++17", "-O2", "-fPIC", "-Wno-psabi", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE", "-DFL_CUDA_ON_HOST"]
+def build(folder, name, *defines, sources=SOURCES, others=(), optimized="-O2"):
+    """A library of the kernels, one process per source; `others` are objects of an earlier build."""
+    flags = ["-std=c++17", optimized, "-fPIC", "-Wno-psabi", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE", "-DFL_CUDA_ON_HOST"]
     flags += [f"-D{define}" for define in defines] + [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests' / 'cuda_host'}"]
-    objects = [folder / f"{name}_{source.stem}.o" for source in SOURCES]
+    objects = [folder / f"{name}_{source.stem}.o" for source in sources]
     running = [
         subprocess.Popen([COMPILER, *flags, "-x", "c++", "-c", str(source), "-o", str(o)], stderr=subprocess.PIPE, text=True)
-        for source, o in zip(SOURCES, objects)
+        for source, o in zip(sources, objects)
     ]
     for process in running:
         _, errors = process.communicate()
         assert process.returncode == 0, errors
     library = folder / f"lib{name}.so"
-    subprocess.run([COMPILER, "-shared", *map(str, objects), "-o", str(library)], check=True)
+    subprocess.run([COMPILER, "-shared", *map(str, (*objects, *others)), "-o", str(library)], check=True)
     return HostCuda(library)
+
+
+SOFT = ("soft_rank", "soft_rank_backward", "soft_sort", "soft_sort_backward")
 
 
 class HostCuda:
@@ -42,8 +46,9 @@ class HostCuda:
     def __init__(self, library):
         self.library = ctypes.CDLL(str(library))
         self.library.fl_error.restype = ctypes.c_char_p
-        for name in ("statistics", "column_statistics", "gradient"):
-            getattr(self.library, f"fl_cuda_{name}_workspace").restype = ctypes.c_int64
+        for name in ("statistics", "column_statistics", "gradient", *SOFT):
+            if hasattr(self.library, f"fl_cuda_{name}_workspace"):
+                getattr(self.library, f"fl_cuda_{name}_workspace").restype = ctypes.c_int64
 
     def __getattr__(self, name):
         return getattr(_native, name)
@@ -81,6 +86,14 @@ class HostCuda:
     def cuda_gradient_of_exponentials(self, tile, stats, sums, *memory):
         what = bytes(tile), *_array(stats), sums and bytes(sums)
         self.call("fl_cuda_gradient_of_exponentials", *what, *_memory(memory))
+
+    def cuda_soft(self, name, problem, *arguments):
+        """soft_rank, soft_sort and their backward: pointers, then the workspace's three."""
+        pointers, memory = arguments[:-3], arguments[-3:]
+        self.call(f"fl_cuda_{name}", bytes(problem), *map(ctypes.c_void_p, pointers), *_memory(memory))
+
+    def cuda_soft_workspace(self, name, problem):
+        return getattr(self.library, f"fl_cuda_{name}_workspace")(bytes(problem))
 
     # As the CPU kernels are called: with a workspace that holds NaN, and nothing behind its end to be touched.
 

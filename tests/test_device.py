@@ -256,3 +256,43 @@ def test_cuda_graph(device, backend):
     graph.replay()
     for got, expected in zip(recorded, step()):
         assert torch.equal(got, expected)
+
+
+# ---- soft sort and soft rank: rows in a block's shared memory, and longer ones ---------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(5, 37), (3, 1000), (2, 20000), (2, 50000)], ids=str)
+@pytest.mark.parametrize("regularization", ["l2", "kl"])
+@pytest.mark.parametrize("name", ["soft_rank", "soft_sort"])
+def test_soft_sorts(device, name, regularization, shape):
+    """Beside the same in fp64 on the host, at strengths of few blocks, of many, and of none."""
+    from fusedloss import sorting
+
+    if not hasattr(sorting, name):
+        pytest.skip("no soft sorts")
+    if device.type != "cuda":
+        shape = shape[0], min(shape[1], 300)
+    operator = getattr(sorting, name)
+    x, g = torch.randn(shape), torch.randn(shape)
+    for strength in (3.0, 5.0 / shape[1], 0.0):
+        strength = strength if name == "soft_rank" or strength == 0 else 1 / strength
+        got, exact = x.clone().requires_grad_(), x.cpu().double().requires_grad_()
+        y, truth = operator(got, regularization, strength), operator(exact, regularization, strength)
+        assert (y.cpu() - truth).abs().max() <= 2.0**-21 * truth.abs().max()
+        (dx,), (expected,) = torch.autograd.grad(y, got, g), torch.autograd.grad(truth, exact, g.cpu().double())
+        assert (dx.cpu() - expected).abs().max() <= 1e-5 * expected.abs().max()
+        assert all(torch.equal(operator(x, regularization, strength), y.detach()) for _ in range(3))
+
+
+def test_soft_ranks_of_ragged_rows(device):
+    from fusedloss import sorting
+
+    if not hasattr(sorting, "soft_rank"):
+        pytest.skip("no soft sorts")
+    lengths = torch.tensor([5, 0, 700, 40000 if device.type == "cuda" else 400, 1, 33], device="cpu")
+    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    x = torch.randn(int(offsets[-1]))
+    ranks = sorting.soft_rank(x, regularization_strength=0.01, offsets=offsets.to(device))
+    for a, b in zip(offsets.tolist(), offsets[1:].tolist()):
+        truth = sorting.soft_rank(x[a:b].cpu().double(), regularization_strength=0.01)
+        assert b == a or (ranks[a:b].cpu() - truth).abs().max() <= 2.0**-21 * (b - a)

@@ -26,11 +26,22 @@ struct HostDim { unsigned x = 0, y = 0, z = 0; };
 inline HostDim threadIdx, blockIdx, blockDim, gridDim;
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
+inline int __ffs(unsigned x) { return __builtin_ffs((int)x); }
+
+// Threads change over at waits only: what they do to memory is atomic as it stands.
+template <class T> T atomicAdd(T* at, T x) { const T was = *at; *at += x; return was; }
+inline unsigned atomicAnd(unsigned* at, unsigned x) { const unsigned was = *at; *at &= x; return was; }
+inline unsigned atomicOr(unsigned* at, unsigned x) { const unsigned was = *at; *at |= x; return was; }
+
+#if !defined(FL_HOST_DYNAMIC_SHARED)
+#define FL_HOST_DYNAMIC_SHARED (227 << 10)
+#endif
 
 namespace host {
 
 constexpr int most_fibers = 1024, warp = 32;
-constexpr size_t stack_bytes = 128 << 10, shared_bytes = 48 << 10;
+constexpr size_t stack_bytes = 128 << 10, shared_bytes = 48 << 10, dynamic_bytes = FL_HOST_DYNAMIC_SHARED, guard = 64;
 
 enum class State { ready, barrier, shuffle, done };
 
@@ -48,6 +59,8 @@ struct Device {
   char* stacks = static_cast<char*>(malloc(stack_bytes * most_fibers));
   alignas(16) char shared[shared_bytes];
   size_t shared_used = 0;
+  alignas(16) char dynamic[dynamic_bytes + guard];
+  size_t dynamic_used = 0;
   jmp_buf scheduler;
   unsigned now = 0;
   void (*body)(const void*) = nullptr;
@@ -136,6 +149,7 @@ inline bool run_warp(unsigned first, unsigned threads) {
 
 inline const char* run_block(unsigned threads) {
   memset(device.shared, 0xff, sizeof device.shared);
+  memset(device.dynamic, 0xff, device.dynamic_used + guard);
   for (unsigned i = 0; i < threads; ++i) device.fibers[i].state = State::ready, device.fibers[i].started = false;
   const unsigned warps = (threads + warp - 1) / warp;
   for (;;) {
@@ -152,7 +166,11 @@ inline const char* run_block(unsigned threads) {
       ++at[(int)device.fibers[i].state];
       same += device.fibers[i].place == device.fibers[0].place;
     }
-    if (at[(int)State::done] == threads) return nullptr;
+    if (at[(int)State::done] == threads) {
+      for (size_t i = 0; i < guard; ++i)
+        if (device.dynamic[device.dynamic_used + i] != '\xff') return "written past the dynamic shared memory";
+      return nullptr;
+    }
     if (at[(int)State::barrier] == threads && same == threads) {
       for (unsigned i = 0; i < threads; ++i) device.fibers[i].state = State::ready;
       continue;
@@ -165,8 +183,10 @@ inline const char* run_block(unsigned threads) {
 }
 
 template <class Body>
-const char* run(const Body& body, unsigned grid_x, unsigned grid_y, unsigned threads) {
+const char* run(const Body& body, unsigned grid_x, unsigned grid_y, unsigned threads, size_t dynamic_shared = 0) {
   if (threads > most_fibers || threads % warp) return "an odd number of threads";
+  if (dynamic_shared > dynamic_bytes) return "more shared memory than there is";
+  device.dynamic_used = dynamic_shared;
   device.body = [](const void* closure) { (*static_cast<const Body*>(closure))(); };
   device.closure = &body;
   gridDim = {grid_x, grid_y, 1};
