@@ -74,9 +74,8 @@ def _compiled(where: str, name: str, x: Tensor, call: tuple, *tensors: Tensor | 
     else:
         rows = len(offsets) - 1  # on a device nobody waits for the longest row
         width = int(offsets.diff().max()) if rows and where == "cpu" else len(x)
-    what = _native.Permutahedron(
-        rows, width, address(offsets), address(mask), address(strengths), strength, TYPES[x.dtype], kl, descending
-    )
+    lists = rows, width, address(offsets), address(mask)
+    what = _native.Permutahedron(*lists, address(strengths), strength, TYPES[x.dtype], kl, descending, x.numel())
     if where == "cuda":
         launch = getattr(_native, f"cuda_{name}")
         bytes = getattr(_native, f"cuda_{name}_workspace")(what)
