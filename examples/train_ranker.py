@@ -5,12 +5,14 @@
 The data are scikit-learn's: ten measurements of each of 442 diabetes patients, and how far the disease progressed in
 the year after (Bradley Efron, Trevor Hastie, Iain Johnstone and Robert Tibshirani, "Least Angle Regression", 2004). A
 list is a ward: 10 to 40 patients, to be put in the order of their progression. Squared error learns the progression
-itself, the loss of Spearman's correlation its order alone, the other three its quintiles, grades of 0 to 4.
+itself, the loss of Spearman's correlation its order in the ward alone, the other three its quintiles, grades of 0 to 4.
+"Own scales" is squared error where each ward's numbers have a factor and a shift of their own, as numbers of different
+judges have: they mean something in their list alone, and their order is as it was.
 
 All losses see the same splits, first weights and wards, for the same number of steps, and share all settings. Prints
-NDCG@10 and Spearman's rank correlation on the patients held out after the last epoch, means over the splits, and what
-is left of them less squared error's on the same split, with the standard error of that difference (a little too small:
-splits share patients). Writes a CSV and a figure of all epochs.
+NDCG@10 and Spearman's rank correlation on the patients held out after the last epoch, means over the splits, and the
+same less squared error's on the same split, with the standard error of that difference (a little too small: splits share
+patients). Writes a CSV and a figure of all epochs.
 """
 
 from __future__ import annotations
@@ -40,6 +42,12 @@ CUTOFF = 10  # of NDCG
 
 
 
+def own_scales(progression: Tensor, offsets: Tensor) -> Tensor:
+    """Each ward's numbers times a factor and plus a shift, drawn anew for each."""
+    factor, shift = torch.randn(2, len(offsets) - 1).repeat_interleave(offsets.diff(), dim=1)
+    return factor.exp() * progression + shift
+
+
 def soft_spearman(scores: Tensor, progression: Tensor, offsets: Tensor) -> Tensor:
     """With soft ranks whose softness follows the typical gap between the scores of a ward (docs/sorting.md)."""
     gap = 12**0.5 * scores.detach().std() / offsets.diff()
@@ -51,12 +59,13 @@ def soft_spearman(scores: Tensor, progression: Tensor, offsets: Tensor) -> Tenso
 BASELINE = "squared error"
 LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     BASELINE: lambda s, grade, y, offsets: mse_loss(s, y),
+    "squared error, own scales": lambda s, grade, y, offsets: mse_loss(s, own_scales(y, offsets)),
     "NeuralNDCG": lambda s, grade, y, offsets: neural_ndcg_loss(s, grade, offsets=offsets),
     "LambdaLoss": lambda s, grade, y, offsets: lambda_loss(s, grade, offsets=offsets),
     "ListNet": lambda s, grade, y, offsets: listnet_loss(s, grade, offsets=offsets),
     "Spearman, soft ranks": lambda s, grade, y, offsets: soft_spearman(s, y, offsets),
 }
-COLOURS = dict(zip(LOSSES, ("#808080", "#1f5f8b", "#c8603a", "#5a8a3c", "#8a5a9c")))
+COLOURS = dict(zip(LOSSES, ("#707070", "#b0b0b0", "#1f5f8b", "#c8603a", "#5a8a3c", "#8a5a9c")))
 
 
 def patients(seed: int) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
@@ -124,17 +133,22 @@ def train(name: str, seed: int, epochs: int) -> list[tuple[float, float]]:
 
 
 def draw(curves: dict[str, Tensor], path: Path) -> None:
-    """One panel per measure, the mean over the splits and its standard error."""
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for at, (axes, title) in enumerate(zip(panels, (f"NDCG@{CUTOFF}", "Spearman's rank correlation"))):
+    """A column per measure: means over the splits; below, less the baseline on the same split, and standard errors."""
+    figure, panels = plt.subplots(2, 2, figsize=(10, 7), sharex=True, layout="constrained")
+    for at, title in enumerate((f"NDCG@{CUTOFF}", "Spearman's rank correlation")):
         for name, runs in curves.items():
-            mean, error = runs[..., at].mean(0), runs[..., at].std(0) / len(runs) ** 0.5
-            axes.plot(mean, color=COLOURS[name], label=name)
-            axes.fill_between(range(len(mean)), mean - error, mean + error, color=COLOURS[name], alpha=0.15, lw=0)
-        axes.set(title=f"{title}, patients held out", xlabel="epoch")
+            apart = (runs - curves[BASELINE])[..., at]
+            mean, error = apart.mean(0), apart.std(0) / len(apart) ** 0.5
+            colour, epochs = COLOURS[name], range(len(mean))
+            panels[0, at].plot(runs[..., at].mean(0), color=colour, label=name)
+            panels[1, at].plot(mean, color=colour)
+            panels[1, at].fill_between(epochs, mean - error, mean + error, color=colour, alpha=0.15, lw=0)
+        panels[0, at].set(title=f"{title}, patients held out")
+        panels[1, at].set(title=f"less {BASELINE}", xlabel="epoch")
+    for axes in panels.flat:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].legend(frameon=False, fontsize="small")
+    panels[0, 0].legend(frameon=False, fontsize="small")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -147,8 +161,8 @@ def table(curves: dict[str, Tensor]) -> str:
     for name, runs in curves.items():
         apart = runs[:, -1] - baseline
         error = apart.std(0) / len(apart) ** 0.5
-        cells = [f"{mean:.3f} | {d:+.3f} ± {e:.3f}" if name != BASELINE else f"{mean:.3f} | "
-                 for mean, d, e in zip(runs[:, -1].mean(0).tolist(), apart.mean(0).tolist(), error.tolist())]
+        numbers = zip(*(part.tolist() for part in (runs[:, -1].mean(0), apart.mean(0).round(decimals=3) + 0.0, error)))
+        cells = [f"{mean:.3f} | {'' if name == BASELINE else f'{d:+.3f} ± {e:.3f}'}" for mean, d, e in numbers]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -156,7 +170,7 @@ def table(curves: dict[str, Tensor]) -> str:
 def main(arguments: list[str] | None = None) -> dict[str, Tensor]:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--splits", type=int, default=20, help="of patients into learned from and held out")
+    parser.add_argument("--splits", type=int, default=12, help="of patients into learned from and held out")
     parser.add_argument("--out", type=Path, default=Path("build/ranker"), help="folder for the CSV and the figure")
     parser.add_argument("--quick", action="store_true", help="two splits, three epochs")
     options = parser.parse_args(arguments)
