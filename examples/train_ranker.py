@@ -11,8 +11,8 @@ judges have: they mean something in their list alone, and their order is as it w
 
 All losses see the same splits, first weights and wards, for the same number of steps, and share all settings. Prints
 NDCG@10 and Spearman's rank correlation on the patients held out after the last epoch, means over the splits, and the
-same less squared error's on the same split, with the standard error of that difference (a little too small: splits share
-patients). Writes a CSV and a figure of all epochs.
+same less squared error's on the same split, with the standard error of that difference (a little too small: splits
+share patients). Writes a CSV and a figure of all epochs.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
 COLOURS = dict(zip(LOSSES, ("#707070", "#b0b0b0", "#1f5f8b", "#c8603a", "#5a8a3c", "#8a5a9c")))
 
 
-def patients(seed: int) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+def patients(seed: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """(measurements, grade, progression) of those to learn from, and of a third that is held out."""
     x, y = (torch.tensor(part, dtype=torch.float32) for part in load_diabetes(return_X_y=True, scaled=False))
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
@@ -100,9 +100,7 @@ def spearman(scores: Tensor, y: Tensor) -> Tensor:
     return torch.corrcoef(ranks)[0, 1]
 
 
-def evaluate(
-    model: nn.Module, held_out: tuple[Tensor, Tensor, Tensor], lists: tuple[Tensor, Tensor]
-) -> tuple[float, float]:
+def evaluate(model: nn.Module, held_out: tuple[Tensor, ...], lists: tuple[Tensor, Tensor]) -> tuple[float, float]:
     """Mean NDCG over wards of the patients held out, and the rank correlation over all of these."""
     (x, grade, y), (members, offsets) = held_out, lists
     with torch.no_grad():
@@ -172,13 +170,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Tensor]:
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--splits", type=int, default=12, help="of patients into learned from and held out")
     parser.add_argument("--out", type=Path, default=Path("build/ranker"), help="folder for the CSV and the figure")
-    parser.add_argument("--quick", action="store_true", help="two splits, three epochs")
     options = parser.parse_args(arguments)
-    epochs, splits = (3, 2) if options.quick else (options.epochs, options.splits)
-    work = [(name, seed) for name in LOSSES for seed in range(splits)]
+    work = [(name, seed) for name in LOSSES for seed in range(options.splits)]
     runs: dict[str, list] = {name: [] for name in LOSSES}
     for name, seed in tqdm(work, unit="run"):
-        runs[name].append(train(name, seed, epochs))
+        runs[name].append(train(name, seed, options.epochs))
     curves = {name: torch.tensor(found) for name, found in runs.items()}  # (splits, epochs + 1, 2)
     print(table(curves))
     options.out.mkdir(parents=True, exist_ok=True)
