@@ -58,15 +58,15 @@ def test_the_measures_are_scikit_learns_and_scipys(example):
 
 
 def test_it_runs_and_every_loss_learns(example, tmp_path, capsys):
-    curves = example.main(["--epochs", "4", "--splits", "2", "--out", str(tmp_path)])
+    curves = example.main(["--epochs", "3", "--splits", "2", "--out", str(tmp_path)])
     assert list(curves) == list(example.LOSSES)
     for runs in curves.values():
-        assert runs.shape == (2, 5, 2) and runs.isfinite().all()
+        assert runs.shape == (2, 4, 2) and runs.isfinite().all()
         assert torch.equal(runs[:, 0], curves[example.BASELINE][:, 0])  # the same first weights and lists
-        assert (runs[:, -1] > runs[:, 0] + 0.03).all() and runs[:, -1].min() > 0.4
+        assert (runs[:, -1] > runs[:, 0] + 0.03).all() and runs[:, -1].min() > 0.35
     with (tmp_path / "ranker.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == len(curves) * 2 * 5
+    assert len(rows) == len(curves) * 2 * 4
     assert float(rows[-1]["spearman"]) == pytest.approx(list(curves.values())[-1][1, -1, 1].item(), abs=1e-4)
     assert (tmp_path / "ranker.png").stat().st_size > 10_000
     printed = capsys.readouterr().out
