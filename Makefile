@@ -16,11 +16,12 @@ GPU_ROWS   ?= bench/results/gpu.csv
 # The build finds the environment's own cmake and ninja.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help demo words test bench gpu setup clean distclean
+.PHONY: help demo words rank test bench gpu setup clean distclean
 
 help:
 	@echo "make demo       train a small language model with the ordinary loss and with fusedloss, and compare"
 	@echo "make words      train a next-word model of hundreds of thousands of words with four output layers, and compare"
+	@echo "make rank       train a ranker with ranking losses, a soft rank correlation and regression, and compare"
 	@echo "make test       run the whole test suite"
 	@echo "make bench      run the benchmarks"
 	@echo "make gpu        on a machine with a GPU: build for it, run the tests on it, benchmark against the peers"
@@ -36,6 +37,9 @@ demo: setup
 
 words: setup
 	@$(RUN) examples/train_word_model.py $(ARGS)
+
+rank: setup
+	@$(RUN) examples/train_ranker.py $(ARGS)
 
 test: setup
 	@$(RUN) -m pytest $(ARGS)

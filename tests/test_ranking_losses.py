@@ -280,3 +280,9 @@ def test_module_is_the_function(module, case):
     assert torch.equal(made(scores, relevance, **of_batch), function_of(module)(scores, relevance, **of_batch, **case))
     for name, value in case.items():
         assert getattr(made, name) == value
+
+
+def test_losses_share_no_limit_of_compilations():
+    """torch.compile counts by code object: with one for all, fullgraph=True ends at the ninth loss of a process."""
+    assert len({id(function_of(m).__code__) for m in LOSSES}) == len(LOSSES)
+    assert all(function_of(m).__code__.co_name == name_of(m) for m in LOSSES)

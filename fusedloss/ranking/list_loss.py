@@ -53,6 +53,8 @@ def list_loss(function: Callable) -> Callable:
             return total
         return total / (max(1, lists.rows) if counts is None else counts.to(wide).sum().clamp(min=1))
 
+    # torch.compile counts compilations by code object: each loss has its own.
+    loss.__code__ = loss.__code__.replace(co_name=name)
     keyword = inspect.Parameter.KEYWORD_ONLY
     common = [("mask", None), ("offsets", None), ("list_weight", None), ("reduction", "mean")]
     loss.__signature__ = inspect.Signature(

@@ -34,9 +34,9 @@ class SortingNetwork(RelaxedPermutation):
 
     ``net.sorted``: the values' shape and type. ``net @ v`` and ``net.T @ u``: v has the values' shape, or that and a
     last dimension of several columns. ``net.dense()``: P, (…, n, n). Products of half precision are fp32.
-    Nothing of size n² is kept: n/2 numbers per layer are, and products send v through the comparators again, forwards
-    or backwards. ±inf are sorted hard and have no gradient; NaN spreads. Derivatives of any order; the second ones take
-    the plain PyTorch formula, which keeps every layer.
+    P is not kept: n/2 numbers per layer are (n²/2 of "odd_even", n log₂² n / 4 of "bitonic"), and products send v
+    through the comparators again, forwards or backwards. ±inf are sorted hard and have no gradient; NaN spreads.
+    Derivatives of any order; the second ones take the plain PyTorch formula, which keeps every layer.
 
     Felix Petersen, Christian Borgelt, Hilde Kuehne and Oliver Deussen, "Differentiable Sorting Networks for Scalable
     Sorting and Ranking Supervision", ICML 2021, arXiv 2105.04019, and "Monotonic Differentiable Sorting Networks", ICLR
