@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -25,8 +26,8 @@ class Lists:
 
     @property
     def rows(self) -> int:
-        # Not len(): where an operator's fake runs, it would fix the size for good.
-        return self.offsets.shape[0] - 1 if self.offsets is not None else self.leading.numel()
+        # Not len() nor numel(): where an operator's fake runs, they would fix the size for good.
+        return self.offsets.shape[0] - 1 if self.offsets is not None else prod(self.leading)
 
     @property
     def leading(self) -> torch.Size:
