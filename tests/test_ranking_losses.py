@@ -282,7 +282,7 @@ def test_module_is_the_function(module, case):
         assert getattr(made, name) == value
 
 
-# --- what padding and odd relevances must not do -----------------------------------------------------------------------
+# --- what padding and odd relevances must not do ----------------------------------------------------------------------
 
 
 @every_loss
@@ -335,3 +335,14 @@ def test_arguments_that_are_no_tensors(options):
     given = {"relevance": torch.tensor([1.0, 0.0]), **options}
     with pytest.raises(TypeError, match=f"ranknet_loss: {next(iter(options))}: expected"):
         ranking.ranknet_loss(torch.zeros(2), **given)
+
+
+@pytest.mark.parametrize("name, option", [
+    ("neural_ndcg_loss", "k"), ("neural_ndcg_loss", "max_iterations"),
+    ("neural_ndcg_loss", "n_samples"), ("gro_co_loss", "k"),
+])  # fmt: skip
+def test_whole_numbers(name, option):
+    for value, error_type in ((-1, ValueError), (2.5, TypeError), ("a", TypeError)):
+        options = {option: value, **({"stochastic": True} if option == "n_samples" else {})}
+        with pytest.raises(error_type, match=f"{name}: {option}: expected an integer from"):
+            getattr(ranking, name)(*random_lists(2, 3), **options)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_constant, check_number, expect
+from ..checks import check_integer, check_number, expect
 from ..sorting import group_ordering  # noqa: F401 (defines the operators)
 from ..sorting.comparators import DISTRIBUTIONS
 from .list_loss import list_loss, spoilt
@@ -31,8 +31,7 @@ def gro_co_loss(lists, scores, relevance, k: int = 10, steepness: float | Tensor
     positives' and of the negatives' places, which are equal; the values agree. For several views take the mean of their
     losses.
     """
-    check_constant(NAME, "k", k, 1)
-    expect(isinstance(k, int), NAME, "k", "an integer", k, TypeError)
+    check_integer(NAME, "k", k, 1)
     check_number(NAME, "steepness", steepness, 0, above=True)
     expect(distribution in DISTRIBUTIONS, NAME, "distribution", f"one of {list(DISTRIBUTIONS)}", distribution)
     if not isinstance(steepness, Tensor):
