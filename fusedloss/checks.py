@@ -45,6 +45,12 @@ def check_number(
         expect(inside, function, argument, f"a number in {bounds}", value, ValueError if number else TypeError)
 
 
+def check_integer(function: str, argument: str, value: object, low: int) -> None:
+    """A whole number from `low`."""
+    expect(isinstance(value, int), function, argument, f"an integer from {low}", value, TypeError)
+    expect(value >= low, function, argument, f"an integer from {low}", value)
+
+
 def check_constant(
     function: str, argument: str, value: object, low: float = -inf, high: float = inf, *, above: bool = False
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -25,8 +26,8 @@ class Lists:
 
     @property
     def rows(self) -> int:
-        # Not len(): where an operator's fake runs, it would fix the size for good.
-        return self.offsets.shape[0] - 1 if self.offsets is not None else self.leading.numel()
+        # Not len() nor numel(): where an operator's fake runs, they would fix the size for good.
+        return self.offsets.shape[0] - 1 if self.offsets is not None else prod(self.leading)
 
     @property
     def leading(self) -> torch.Size:
@@ -99,6 +100,12 @@ class Lists:
         top = torch.where(top.isfinite(), top, 0.0)
         return self.sum((values - self.spread(top)).exp()).log() + top
 
+    def softmax(self, values: Tensor) -> Tensor:
+        """The softmax over each list, 0 where the mask leaves an item out."""
+        logs = values - self.spread(self.logsumexp(values))
+        # Before exp: the 0 of padding may lie so far above the list that it overflows; 0 · inf is a gradient of NaN.
+        return (logs if self.mask is None else torch.where(self.mask, logs, -torch.inf)).exp()
+
 
 def lists_of(
     name: str, values: Tensor, dim: int = -1, mask: Tensor | None = None, offsets: Tensor | None = None, argument="values"
@@ -108,10 +115,12 @@ def lists_of(
     expect(values.dim() >= 1, name, argument, "at least one dimension", values)
     expect(-values.dim() <= dim < values.dim(), name, "dim", f"a dimension of {tuple(values.shape)}", dim, IndexError)
     if mask is not None:
+        expect(isinstance(mask, Tensor), name, "mask", "a tensor", type(mask).__name__, TypeError)
         expect(mask.dtype == torch.bool, name, "mask", "torch.bool", mask.dtype, TypeError)
         expect(mask.shape == values.shape, name, "mask", f"shape {tuple(values.shape)}", mask)
         expect(mask.device == values.device, name, "mask", f"on {values.device}", mask.device)
     if offsets is not None:
+        expect(isinstance(offsets, Tensor), name, "offsets", "a tensor", type(offsets).__name__, TypeError)
         expect(values.dim() == 1, name, argument, "one dimension with offsets", values)
         right = offsets.dim() == 1 and len(offsets) >= 1 and offsets.dtype in (torch.int64, torch.int32)
         expect(right, name, "offsets", "int64 (lists + 1,)", f"{offsets.dtype} {tuple(offsets.shape)}")

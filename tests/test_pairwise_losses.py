@@ -287,8 +287,8 @@ def test_few_compilations(name):
         counter = CompileCounterWithBackend("aot_eager")
         compiled = torch.compile(getattr(ranking, name), fullgraph=True, backend=counter)
         for n in (5, 7, 9, 12, 20, 33):
-            scores, relevance = batch(4, n, dtype=F32)
-            offsets = torch.arange(0, 4 * n + 1, 4) if by_offsets else None
+            scores, relevance = batch(n - 1, n, dtype=F32)
+            offsets = torch.arange(0, (n - 1) * n + 1, n) if by_offsets else None
             if by_offsets:
                 scores, relevance = scores.flatten(), relevance.flatten()
             scores.requires_grad_()

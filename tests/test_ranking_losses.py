@@ -286,3 +286,69 @@ def test_losses_share_no_limit_of_compilations():
     """torch.compile counts by code object: with one for all, fullgraph=True ends at the ninth loss of a process."""
     assert len({id(function_of(m).__code__) for m in LOSSES}) == len(LOSSES)
     assert all(function_of(m).__code__.co_name == name_of(m) for m in LOSSES)
+
+
+# --- what padding and odd relevances must not do ----------------------------------------------------------------------
+
+
+@every_loss
+@pytest.mark.parametrize("shift, lift", [(-300.0, 0.0), (0.0, -300.0), (0.0, 300.0)])
+def test_padding_far_from_the_items(module, case, shift, lift):
+    """Padding is cleaned to 0, which may lie far above all items of a list: no overflow comes back from there."""
+    loss, keep = function_of(module), torch.tensor([True, False, True, True, False])
+    scores, relevance = random_lists(5, dtype=torch.float32)
+    scores, relevance = scores + shift, relevance.float() + lift
+
+    def found(s, r, **options):
+        s, r = s.clone().requires_grad_(), r.clone().requires_grad_()
+        value = loss(s, r, **options, **case)
+        parts = torch.autograd.grad(value, (s, r), allow_unused=True) if value.requires_grad else (None, None)
+        return value, *(torch.zeros_like(s) if part is None else part for part in parts)
+
+    value, *gradients = found(scores, relevance, mask=keep)
+    right, *truth = found(scores[keep], relevance[keep])
+    assert torch.allclose(value, right, rtol=1e-4, atol=1e-6)
+    for got, want in zip(gradients, truth):
+        assert torch.allclose(got[keep], want, rtol=1e-3, atol=1e-5) and (got[~keep] == 0).all()
+
+
+@every_loss
+def test_nan_relevance_is_seen(module, case):
+    scores, relevance = random_lists(2, 5)
+    relevance[1, 3] = torch.nan
+    value = function_of(module)(scores, relevance, reduction="none", **case)
+    assert value[0].isfinite() and value[1].isnan()
+
+
+@pytest.mark.parametrize("powered", [True, False])
+def test_approx_ndcg_without_gains(powered):
+    scores, relevance = torch.randn(2, 3), torch.tensor([[-1.0, -2.0, -3.0], [-200.0, -201.0, -300.0]])
+    value, gradient = value_and_gradient(ranking.approx_ndcg_loss, scores, relevance, powered=powered)
+    assert value == 0 and (gradient == 0).all()
+
+
+def test_irrelevant_items_of_no_score():
+    scores, relevance = torch.tensor([0.5, -torch.inf]), torch.tensor([1.0, 0.0])
+    value, gradient = value_and_gradient(ranking.listwise_point_loss, scores, relevance)
+    assert torch.allclose(value, scores[:1].neg().exp().log1p().sum()) and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "options", [{"relevance": [1, 0]}, {"relevance": torch.zeros(2) + 1j}, {"mask": [True, True]}, {"offsets": [0, 2]},
+                {"list_weight": [1.0]}],
+)  # fmt: skip
+def test_arguments_that_are_no_tensors(options):
+    given = {"relevance": torch.tensor([1.0, 0.0]), **options}
+    with pytest.raises(TypeError, match=f"ranknet_loss: {next(iter(options))}: expected"):
+        ranking.ranknet_loss(torch.zeros(2), **given)
+
+
+@pytest.mark.parametrize("name, option", [
+    ("neural_ndcg_loss", "k"), ("neural_ndcg_loss", "max_iterations"),
+    ("neural_ndcg_loss", "n_samples"), ("gro_co_loss", "k"),
+])  # fmt: skip
+def test_whole_numbers(name, option):
+    for value, error_type in ((-1, ValueError), (2.5, TypeError), ("a", TypeError)):
+        options = {option: value, **({"stochastic": True} if option == "n_samples" else {})}
+        with pytest.raises(error_type, match=f"{name}: {option}: expected an integer from"):
+            getattr(ranking, name)(*random_lists(2, 3), **options)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_constant, expect
-from .list_loss import list_loss
+from .list_loss import list_loss, spoilt
 from .pairs import soft_positions
 from .pairs_torch import ranks
 
@@ -29,7 +29,7 @@ def adr_mse_loss(lists, scores, relevance, *, temperature: float = 1.0, discount
     check_constant("adr_mse_loss", "temperature", temperature, 0.0, above=True)
     expect(discount in DISCOUNTS, "adr_mse_loss", "discount", f"one of {tuple(DISCOUNTS)}", discount)
     rank = ranks(lists, relevance).to(scores.dtype)
-    error = (soft_positions(lists, scores, 1 / temperature) - rank).square()
+    error = (soft_positions(lists, spoilt(scores, relevance), 1 / temperature) - rank).square()
     return lists.sum(DISCOUNTS[discount](rank) * error) / lists.count(scores).clamp(min=1)
 
 

@@ -17,10 +17,11 @@ def approx_ndcg_loss(lists, scores, relevance, *, alpha: float = 1.0, powered: b
 
     p_i = 1 + Σ_{j ≠ i} 1 / (1 + e^{α (s_i − s_j)}) is the soft position, ρ the rank by relevance; G = 2^r − 1, or r
     with powered=False; both sums are over the whole list (no truncation). alpha is the inverse of the
-    temperature: 1 in allRank, 10 (temperature 0.1) in TensorFlow Ranking. A list without gains has loss 0 and counts in
-    the mean, as in allRank; TensorFlow Ranking leaves it out (``list_weight``, ``reduction="sum"``). Any relevance is
-    safe: gains are scaled by 2^−max(r) before they can overflow. O(n) memory; two passes over the pairs of a list,
-    one of them for the gradient. Scores must be finite; padding belongs into the mask.
+    temperature: 1 in allRank, 10 (temperature 0.1) in TensorFlow Ranking. A list whose second sum is not above 0 has
+    loss 0 and counts in the mean, as a list without gains in allRank; TensorFlow Ranking leaves such lists out
+    (``list_weight``, ``reduction="sum"``). Any relevance is safe: gains are scaled by 2^−max(r) before they can
+    overflow. O(n) memory; two passes over the pairs of a list, one of them for the gradient. Scores must be finite;
+    padding belongs into the mask.
 
     Tao Qin, Tie-Yan Liu and Hang Li, "A General Approximation Framework for Direct Optimization of Information
     Retrieval Measures", Information Retrieval 13, 2010; Sebastian Bruch, Masrour Zoghi, Michael Bendersky and Marc
@@ -29,12 +30,15 @@ def approx_ndcg_loss(lists, scores, relevance, *, alpha: float = 1.0, powered: b
     check_constant("approx_ndcg_loss", "alpha", alpha, 0.0, above=True)
     gain = relevance
     if powered:
-        largest = lists.max(relevance)
-        largest = lists.spread(torch.where(largest.isfinite(), largest, 0.0))
+        largest = lists.spread(lists.max(relevance).clamp(min=0))
         gain = (relevance - largest).exp2() - (-largest).exp2()
     best = lists.sum(gain / (1 + ranks(lists, relevance)).to(scores.dtype).log2())
-    share = gain / lists.spread(torch.where(best > 0, best, 1.0))
-    return -lists.sum(share / (1 + soft_positions(lists, scores, alpha)).log2())
+    empty = best <= 0
+    share = torch.where(lists.spread(empty), 0.0, gain / lists.spread(torch.where(empty, 1.0, best)))
+    position = soft_positions(lists, scores, alpha)
+    if lists.mask is not None:  # padding has 0, which divides by log2(1)
+        position = torch.where(lists.mask, position, 1.0)
+    return -lists.sum(share / (1 + position).log2())
 
 
 def reference(scores: Tensor, relevance: Tensor, alpha=1.0, powered=True) -> Tensor:
@@ -44,7 +48,7 @@ def reference(scores: Tensor, relevance: Tensor, alpha=1.0, powered=True) -> Ten
     best = (gain.sort(descending=True).values / place.log2()).sum()
     above = (alpha * (scores - scores[:, None])).sigmoid()
     position = 1 + above.sum(1) - above.diagonal()
-    return -(gain / (1 + position).log2()).sum() / torch.where(best > 0, best, 1.0)
+    return -(gain / (1 + position).log2()).sum() / torch.where(best > 0, best, torch.inf)
 
 
 CASES = ({}, {"alpha": 10.0}, {"powered": False})

@@ -4,10 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_constant, check_number, expect
+from ..checks import check_integer, check_number, expect
 from ..sorting import group_ordering  # noqa: F401 (defines the operators)
 from ..sorting.comparators import DISTRIBUTIONS
-from .list_loss import list_loss
+from .list_loss import list_loss, spoilt
 
 NAME = "gro_co_loss"
 
@@ -31,8 +31,7 @@ def gro_co_loss(lists, scores, relevance, k: int = 10, steepness: float | Tensor
     positives' and of the negatives' places, which are equal; the values agree. For several views take the mean of their
     losses.
     """
-    check_constant(NAME, "k", k, 1)
-    expect(isinstance(k, int), NAME, "k", "an integer", k, TypeError)
+    check_integer(NAME, "k", k, 1)
     check_number(NAME, "steepness", steepness, 0, above=True)
     expect(distribution in DISTRIBUTIONS, NAME, "distribution", f"one of {list(DISTRIBUTIONS)}", distribution)
     if not isinstance(steepness, Tensor):
@@ -40,7 +39,7 @@ def gro_co_loss(lists, scores, relevance, k: int = 10, steepness: float | Tensor
     positive = relevance > 0
     # In float64: a logarithm asks for the digits of a small part, which differences of neighbours lose.
     layout = positive, lists.mask, lists.offsets, k, distribution
-    part = torch.ops.fusedloss.group_ordering(scores.double(), steepness, *layout)
+    part = torch.ops.fusedloss.group_ordering(spoilt(scores, relevance).double(), steepness, *layout)
     right = torch.where(positive, part, 1 - part).clamp(max=1)  # 1 of negatives that are not among the k
     losses = torch.where(right <= 0, 100.0, -torch.where(right <= 0, 1.0, right).log()).clamp(max=100)
     positives = lists.sum(positive.to(scores.dtype))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..lists import Lists
 from ..sorting.running import running_logsumexp
-from .list_loss import list_loss
+from .list_loss import list_loss, spoilt
 
 ABSENT = -1e30  # the score of an item that is masked out: adds exactly 0, and unlike −inf its gradient is no NaN
 
@@ -24,7 +24,7 @@ def list_mle_loss(lists, scores, relevance, *, shuffle_ties: bool = False, gener
     which end 23 below it: [0, −200, −201] in the right order but for the first cost it 354.9 instead of 1.313; this
     form does not.
     """
-    ordered, losses = choices(lists, scores, falling(lists, relevance, shuffle_ties, generator))
+    ordered, losses = choices(lists, spoilt(scores, relevance), falling(lists, relevance, shuffle_ties, generator))
     return ordered.sum(losses)
 
 

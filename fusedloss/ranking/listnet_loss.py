@@ -12,8 +12,7 @@ def listnet_loss(lists, scores, relevance):
     Zhe Cao, Tao Qin, Tie-Yan Liu, Ming-Feng Tsai and Hang Li, "Learning to Rank: From Pairwise Approach to Listwise
     Approach", ICML 2007. allRank adds 1e-10 inside the logarithm, which ends at 23 nats; this form does not.
     """
-    target = (relevance - lists.spread(lists.logsumexp(relevance))).exp()
-    return lists.sum(target * (lists.spread(lists.logsumexp(scores)) - scores))
+    return lists.sum(lists.softmax(relevance) * (lists.spread(lists.logsumexp(scores)) - scores))
 
 
 def reference(scores: Tensor, relevance: Tensor) -> Tensor:

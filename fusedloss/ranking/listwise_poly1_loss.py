@@ -20,8 +20,8 @@ def listwise_poly1_loss(lists, scores, relevance, *, epsilon: float = 1.0, norma
     """
     check_constant("listwise_poly1_loss", "epsilon", epsilon)
     relevance = relevance_of(lists, relevance, normalized)
-    p = (scores - lists.spread(lists.logsumexp(scores))).exp()
-    return lists.sum(softmax_terms(lists, scores, relevance) + epsilon * relevance * (1 - p))
+    missed = 1 - lists.softmax(scores)
+    return lists.sum(softmax_terms(lists, scores, relevance) + epsilon * relevance * missed)
 
 
 def reference(scores: Tensor, relevance: Tensor, epsilon=1.0, normalized=False) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..checks import check_constant, expect
+from ..checks import check_constant, check_integer
 from ..sorting.sinkhorn import neural_ndcg
 from .list_loss import list_loss
 from .noise import copies, gumbel, positive_scores
@@ -51,8 +51,9 @@ def neural_ndcg_loss(
     name = "neural_ndcg_loss"
     check_constant(name, "tau", tau, 0, above=True)
     check_constant(name, "tolerance", tolerance, 0)
-    check_constant(name, "max_iterations", max_iterations, 0)
-    expect(k is None or k >= 1, name, "k", "at least 1, or None", k)
+    check_integer(name, "max_iterations", max_iterations, 0)
+    if k is not None:
+        check_integer(name, "k", k, 1)
     gains = relevance
     if powered_relevancies:  # relative to 2^max r: any relevance is safe, and the ratio is the same
         top = lists.spread(lists.max(relevance).clamp(min=0))
@@ -60,7 +61,7 @@ def neural_ndcg_loss(
     if not stochastic:
         ndcg, ideal = neural_ndcg(lists, scores, gains, tau, k or 0, max_iterations, tolerance)
         return -ndcg, ideal > 0
-    check_constant(name, "n_samples", n_samples, 1)
+    check_integer(name, "n_samples", n_samples, 1)
     center = positive_scores(lists, scores).log() if log_scores else scores
     noisy = center + beta * gumbel((n_samples, *scores.shape), scores, generator)
     gains = gains.expand(noisy.shape).flatten(0, 1)

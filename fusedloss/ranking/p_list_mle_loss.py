@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .list_loss import list_loss
+from .list_loss import list_loss, spoilt
 from .list_mle_loss import choices, falling
 
 
@@ -18,7 +18,7 @@ def p_list_mle_loss(lists, scores, relevance, *, shuffle_ties: bool = False, gen
     Process for Ranking", UAI 2014. The paper weighs by 2^{n−k} − 1; the weights here
     are those of sentence-transformers, taken relative to 2^n, so that no list is too long for them.
     """
-    ordered, losses = choices(lists, scores, falling(lists, relevance, shuffle_ties, generator))
+    ordered, losses = choices(lists, spoilt(scores, relevance), falling(lists, relevance, shuffle_ties, generator))
     place = torch.arange(scores.shape[-1], device=scores.device)
     if lists.offsets is not None:
         place = place - lists.offsets[:-1][lists.row]

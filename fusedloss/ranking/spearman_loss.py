@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..sorting import permutahedron
 from ..sorting.soft_sort import on_lists
-from .list_loss import list_loss
+from .list_loss import list_loss, spoilt
 
 
 @list_loss
@@ -32,7 +32,8 @@ def spearman_loss(
     """
     n = lists.count(scores.double())
     middle = lists.spread((n + 1) / 2)  # the mean of the soft ranks too: a block's sum to what its hard ranks sum to
-    soft = on_lists("soft_rank", lists, scores.double(), regularization, regularization_strength) - middle
+    values = spoilt(scores, relevance).double()
+    soft = on_lists("soft_rank", lists, values, regularization, regularization_strength) - middle
     hard = on_lists("soft_rank", lists, relevance.detach().double(), "l2", 0.0) - middle
     spread = lists.sum(soft.square()), lists.sum(hard.square())
     rounding = n * (4 * torch.finfo(torch.float64).eps * n) ** 2
