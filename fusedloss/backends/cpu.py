@@ -108,6 +108,8 @@ def _blas_gemm(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
     (m, n), k = out.shape, a.shape[1]
     if m == 0 or n == 0:
         return
+    if k == 0:  # a sum of nothing, which the library does not write
+        return plain_gemm(out, a, b, accumulate)
     row_major, plain, transposed = 101, 111, 112
     operands = []
     for matrix in (a, b):
