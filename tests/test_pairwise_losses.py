@@ -1,7 +1,6 @@
 """Ranking losses over pairs, and soft positions, against dense formulas in fp64: one list and many, every engine."""
 
 import importlib
-import math
 import os
 import subprocess
 import sys
