@@ -74,12 +74,12 @@ def test_against_the_definition(alpha, backend):
 @pytest.mark.parametrize("alpha", [20.0, 0.3])
 @every_operator
 def test_derivatives_of_both_orders(operator, alpha, backend):
-    x = torch.randn(2, 4, dtype=F64, requires_grad=True)
+    x = torch.randn(2, 3, dtype=F64, requires_grad=True)
     alphas = torch.tensor([alpha, 1.5 * alpha], dtype=F64, requires_grad=True)
     inputs = (x, alphas)
     if operator in (OPERATORS["largest"], OPERATORS["smallest"]):
-        inputs += (torch.tensor([1.7, 3.2], dtype=F64, requires_grad=True),)
-    assert gradcheck(operator, inputs) and gradgradcheck(operator, inputs, atol=1e-4, fast_mode=True)
+        inputs += (torch.tensor([1.7, 2.4], dtype=F64, requires_grad=True),)
+    assert gradcheck(operator, inputs, fast_mode=alpha > 1) and gradgradcheck(operator, inputs, atol=1e-4, fast_mode=True)
 
 
 @both
