@@ -54,6 +54,10 @@ def gradient(loss, scores):
     return torch.autograd.grad(loss, scores)[0]
 
 
+def gradient_kept(loss, scores):
+    return torch.autograd.grad(loss, scores, retain_graph=True)[0]
+
+
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 @pytest.mark.parametrize("name, case", CASES, ids=IDS)
 def test_values_and_gradients(backend, name, case, dtype):
@@ -194,6 +198,17 @@ def test_kendall_is_kendalls_tau(backend):
     close(1 - ranking.kendall_loss(scores, relevance, temperature=1e-6), tau, 1e-9)
     scores = torch.arange(6.0)
     assert ranking.kendall_loss(scores, (scores / 2).floor(), temperature=1e-3) == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_loss_and_a_penalty_of_its_gradient(backend, name):
+    """In one backward, where what comes to the loss and what comes to its gradient meet."""
+    scores, relevance = batch(2, 6, F32 if backend == "triton" else F64, ties=False)
+    scores.requires_grad_()
+    loss = getattr(ranking, name)(scores, relevance)
+    penalty = torch.autograd.grad(loss, scores, create_graph=True)[0].square().sum()
+    apart = gradient_kept(loss, scores) + gradient_kept(penalty, scores)
+    close(gradient(loss + penalty, scores), apart.double(), 1e-5)
 
 
 def test_third_derivatives_are_an_error():
