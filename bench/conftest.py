@@ -45,11 +45,10 @@ def compare(benchmark, pytestconfig, quick):
 
 def pytest_generate_tests(metafunc):
     """A test that asks for `shape` names its shapes by a marker; --quick puts a small one in their place."""
-    if "shape" in metafunc.fixturenames:
+    if marker := metafunc.definition.get_closest_marker("shapes"):
         from cases import QUICK, shape_name
 
-        shapes = metafunc.definition.get_closest_marker("shapes").args
-        shapes = QUICK if metafunc.config.getoption("quick") else shapes
+        shapes = QUICK if metafunc.config.getoption("quick") else marker.args
         metafunc.parametrize("shape", shapes, ids=shape_name)
 
 

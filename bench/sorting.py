@@ -32,7 +32,8 @@ def gradient(function: Callable[..., Tensor], *leaves: Tensor, repeat: int = 1) 
     """Forward and backward, with random upstream gradients unless the result is one number."""
     leaves = tuple(leaf.detach().requires_grad_() for leaf in leaves)
     with torch.no_grad():
-        upstream = torch.randn_like(function(*leaves))
+        result = function(*leaves)
+        upstream = torch.randn(result.shape).to(result)  # of one seed the same in every type
 
     def call():
         for _ in range(repeat):

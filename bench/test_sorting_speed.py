@@ -31,6 +31,8 @@ def test_soft(compare, quick, operator, kind, strength, shape):
 
 @pytest.mark.parametrize("shape", ((16, 1000), (1, 10_000)), ids=shown)
 def test_neural_sort(compare, quick, shape):
+    if quick and shape[0] == 1:
+        pytest.skip("--quick measures one small shape")
     shape = (2, 100) if quick else shape
     contenders, check = sorting.relaxed(shape), partial(sorting.check_relaxed, shape)
     compare(Comparison(f"NeuralSort {shown(shape)}", "fp32", contenders, check, note=NOTE, seconds=SECONDS))
@@ -39,6 +41,8 @@ def test_neural_sort(compare, quick, shape):
 @pytest.mark.parametrize("shape", ((16, 240), (16, 1000)), ids=shown)
 @pytest.mark.parametrize("name", sorting.RANKING)
 def test_ranking(compare, quick, name, shape):
+    if quick and shape[1] > 240:
+        pytest.skip("--quick measures one small shape")
     shape = (2, 30) if quick else shape
     contenders, check = sorting.ranked(name, shape), partial(sorting.check_ranked, name, shape)
     compare(Comparison(f"{name} {shown(shape)}", "fp32", contenders, check, note=NOTE, seconds=SECONDS))

@@ -34,6 +34,19 @@ def test_quick_cases(tmp_path, case):
     assert all(float(row["ms"]) > 0 for row in measured) and float(measured[0]["ratio"]) == 1
 
 
+def test_quick_sorting(tmp_path):
+    """Of each kind of operator one; peers take part where they are installed."""
+    rows = tmp_path / "rows.csv"
+    suite = [sys.executable, "-m", "pytest", "bench/test_sorting_speed.py", "-p", "no:cacheprovider", "--quick"]
+    suite += [f"--rows={rows}", "-k", "test_soft and kl and 0.001 or neural_sort or test_ranking or test_network or test_entmax"]
+    run = subprocess.run(suite, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+    measured = list(csv.DictReader(rows.open(newline="")))
+    ours = {row["case"] for row in measured if row["contender"] == "fusedloss"}
+    assert len(ours) == 2 + 1 + 3 + 1 + 1 and ours == {row["case"] for row in measured}
+    assert all(float(row["ms"]) > 0 for row in measured)
+
+
 def test_the_gpu_benchmark_dry(tmp_path):
     """`make gpu`'s benchmark on a CPU, tiny, with the Triton kernels in their interpreter."""
     rows = tmp_path / "rows.csv"

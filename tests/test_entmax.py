@@ -61,18 +61,18 @@ def test_any_dimension(f, dim, backend):
 
 @operator
 @pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=str)
-@pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 64, 333])
 @pytest.mark.parametrize("size", [1e-4, 1.0, 30.0])
-def test_values(f, dtype, n, size, backend):
-    z = (size * torch.randn(9, n)).to(dtype)
-    before = z.clone()
-    p, wanted = f(z), truth(f, z)
-    assert p.dtype == dtype and torch.equal(z, before)
-    rounded = {F64: 1e-12, F32: 2e-7, BF16: 4e-3, F16: 5e-4}[dtype]
-    near(p, wanted, rounded, 1e-13 if dtype == F64 else 1e-7)
-    assert torch.equal(f(z), p)
-    assert (p.double().sum(-1) - 1).abs().max() < max(1e-12, 2 * rounded)
-    assert n == 1 or size < 1 or (p == 0).any()
+def test_values(f, dtype, size, backend):
+    for n in (1, 2, 15, 16, 17, 64, 333):
+        z = (size * torch.randn(9, n)).to(dtype)
+        before = z.clone()
+        p, wanted = f(z), truth(f, z)
+        assert p.dtype == dtype and torch.equal(z, before)
+        rounded = {F64: 1e-12, F32: 2e-7, BF16: 4e-3, F16: 5e-4}[dtype]
+        near(p, wanted, rounded, 1e-13 if dtype == F64 else 1e-7)
+        assert torch.equal(f(z), p)
+        assert (p.double().sum(-1) - 1).abs().max() < max(1e-12, 2 * rounded)
+        assert n == 1 or size < 1 or (p == 0).any()
 
 
 @operator
@@ -98,11 +98,10 @@ def test_gradient(f, dtype, backend):
 @operator
 def test_derivatives_of_any_order(f, backend):
     """The package's entmax15 fails gradgradcheck."""
-    z = torch.randn(2, 4, 2, dtype=F64, requires_grad=True)
-    mask = torch.rand(2, 4, 2) > 0.2
-    for call in (lambda t: f(t, 1), lambda t: f(t, 1, mask=mask), lambda t: f(t[:, :, 0].reshape(-1), offsets=rows)):
-        rows = torch.tensor([0, 3, 3, 4, 8])
-        assert gradcheck(call, (z,)) and gradgradcheck(call, (z,))
+    z = torch.randn(1, 4, 2, dtype=F64, requires_grad=True)
+    mask, rows = torch.tensor([[1, 1], [0, 1], [1, 1], [1, 0]]).bool()[None], torch.tensor([0, 3, 3, 4, 8])
+    for call in (lambda t: f(t, 1), lambda t: f(t, 1, mask=mask), lambda t: f(t.reshape(-1), offsets=rows)):
+        assert gradcheck(call, (z,)) and gradgradcheck(call, (z,), fast_mode=True)
     weights = torch.randn(4, dtype=F64)
 
     def third(t):
@@ -110,7 +109,7 @@ def test_derivatives_of_any_order(f, backend):
         (h,) = torch.autograd.grad(g.square().sum(), t, create_graph=True)
         return h
 
-    assert gradcheck(third, (z,))
+    assert gradcheck(third, (z,), fast_mode=True)
 
 
 @operator
@@ -177,14 +176,16 @@ def test_mapped(f):
 
 
 @pytest.mark.unpoisoned
-@operator
-def test_compiled(f):
+def test_compiled():
+    def loss(z):
+        return sparsemax(z, 1).square().sum() + entmax15(z, 1).square().sum()
+
     torch._dynamo.reset()
-    compiled = torch.compile(lambda z: f(z, 1).square().sum(), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     for n in (3, 5, 8):
         z = torch.randn(n, 6, 2, requires_grad=True)
         (got,) = torch.autograd.grad(compiled(z), z)
-        (wanted,) = torch.autograd.grad(f(z, 1).square().sum(), z)
+        (wanted,) = torch.autograd.grad(loss(z), z)
         assert torch.equal(got, wanted)
 
 
@@ -225,7 +226,7 @@ def test_long_rows(f, size):
 @pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=str)
 def test_every_instruction_set_and_number_of_threads(f, dtype):
     native = pytest.importorskip("fusedloss._native")
-    z, g = (3 * torch.randn(40, 1003)).to(dtype).requires_grad_(), torch.randn(40, 1003).to(dtype)
+    z, g = (3 * torch.randn(40, 203)).to(dtype).requires_grad_(), torch.randn(40, 203).to(dtype)
     module, found = MODULES[OPERATORS.index(f)], []
     for name, threads in (("portable", 1), ("avx2", 2), ("avx512", 2), (None, 1), (None, 3)):
         before = torch.get_num_threads()
@@ -330,8 +331,7 @@ OPTIONS = {
 
 @losses
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("dtype", [F64, F32, BF16], ids=str)
-@pytest.mark.parametrize("budget", [1, 4000, None], ids=str)
+@pytest.mark.parametrize("dtype, budget", [(F64, 1), (F32, 4000), (F32, None), (BF16, 1), (BF16, 4000)], ids=str)
 def test_linear_scores(module, options, dtype, budget, backend):
     """Any number of chunks, down to single rows, against the dense scores in float64."""
     f, options = function_of(module), dict(options)
@@ -380,8 +380,8 @@ def test_memory(module, bias, monkeypatch):
 @losses
 def test_given_logits_in_half_precision(module, backend):
     """The gradient of float16 logits waits in float32 for a loss scale."""
-    f, y = function_of(module), torch.randint(0, 600, (300,))
-    z = torch.randn(300, 600).to(F16).requires_grad_()
+    f, y = function_of(module), torch.randint(0, 100, (300,))
+    z = torch.randn(300, 100).to(F16).requires_grad_()
     scale = 2.0**20
     (got,) = torch.autograd.grad(scale * f(z, y), z)
     exact = z.detach().double().requires_grad_()
@@ -401,16 +401,17 @@ def test_second_derivatives(module, linear, reduction):
         scores = fl.linear_scores(x, w, bias=b, softcap=5.0) if linear else x @ w.t() + b
         return f(scores, y, row_weight=weight, reduction=reduction).square()
 
-    assert gradcheck(loss, (x, w, b, weight)) and gradgradcheck(loss, (x, w, b, weight))
+    assert gradcheck(loss, (x, w, b, weight)) and gradgradcheck(loss, (x, w, b, weight), fast_mode=True)
     total = loss(x, w, b, weight).sum()  # a second backward computes again
     for got, again in zip(*(torch.autograd.grad(total, (x, w, b), retain_graph=True) for _ in range(2))):
         near(got, again)
 
 
 @pytest.mark.unpoisoned
-@losses
-@pytest.mark.parametrize("linear", [False, True])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(
+    "module, linear, reduction",
+    [(sparsemax_module, True, "mean"), (entmax15_module, True, "none"), (entmax15_module, False, "mean")],
+)
 def test_compiled_losses(module, linear, reduction):
     f, w = function_of(module), torch.randn(9, 5, requires_grad=True)
 

@@ -24,7 +24,8 @@ def operands(layout: str, dtype: torch.dtype, m: int, n: int, k: int) -> tuple[t
     return torch.randn(k, 2 * m).to(dtype)[:, :m].t(), torch.randn(k, n).to(dtype)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 33, 7), (70, 64, 130)])
+# Of one feature, one class or none of them the strides say nothing: a matrix of one row may claim any.
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 1), (4, 1, 3), (1, 5, 2), (3, 5, 0), (5, 33, 7), (70, 64, 130)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", KINDS)

@@ -105,12 +105,11 @@ def test_mean_is_over_lists_with_something_relevant(backend):
     assert loss(scores, torch.zeros_like(scores)) == 0
 
 
-@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
-def test_scores_without_an_order(bad, backend):
-    scores, relevance = lists(3, 20)
-    scores[1, 3] = bad
+def test_scores_without_an_order(backend):
+    scores, relevance = lists(5, 12)
+    scores[1:4, 3] = torch.tensor([torch.inf, -torch.inf, torch.nan])
     value, gradient = both(loss, scores, relevance, reduction="none")
-    assert value[1].isnan() and value[::2].isfinite().all() and gradient[::2].isfinite().all()
+    assert value[1:4].isnan().all() and value[::4].isfinite().all() and gradient[::4].isfinite().all()
 
 
 # --- stochastic ------------------------------------------------------------------------------------------------------

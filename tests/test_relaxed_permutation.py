@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -63,9 +64,12 @@ def close(got, truth, tolerance, floor=0.0):
         assert error <= tolerance * max(b.norm().item(), floor), f"result {i}: {error} of {b.norm().item()}"
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(F64, 1e-11), (torch.float32, 2e-5)])
-@pytest.mark.parametrize("tau", [1e-3, 0.1, 1.0, 1e3])
-def test_products_and_gradients_are_those_of_the_matrix(backend, kind, dtype, tolerance, tau):
+@pytest.mark.parametrize(
+    "dtype, tau",
+    [(F64, 1e-3), (torch.float32, 1e-3), (F64, 0.1), (torch.float32, 1.0), (F64, 1.0), (torch.float32, 1e3)],
+)
+def test_products_and_gradients_are_those_of_the_matrix(backend, kind, dtype, tau):
+    tolerance = 1e-11 if dtype == F64 else 2e-5
     for n, columns, ties in ((1, 1, False), (40, 1, True), (75, 5, False), (33, 2, True)):
         s = torch.randn(3, n, dtype=dtype) * 2
         if ties:
@@ -244,11 +248,13 @@ def test_offsets_have_second_derivatives(backend, kind):
 
 
 @pytest.mark.unpoisoned
-def test_operators(backend, kind):
+def test_operators(backend):
+    """In full of the compiled engine; what the other one may do wrong is its outputs' layout and its inputs."""
     t = leaf(torch.randn(2, 6, dtype=F64).sort(1, descending=True).values)
     tau, v = leaf(torch.ones(2, dtype=F64)), leaf(torch.randn(2, 6, 2, dtype=F64))
-    layout = torch.tensor([6, 3]), None, kind.number
-    check = torch.library.opcheck
+    layout = torch.tensor([6, 3]), None, 0
+    how = {} if backend == "cpu" else dict(test_utils=("test_schema", "test_faketensor"))
+    check = partial(torch.library.opcheck, **how)
     check(permutation_ops.order, (t.detach(), torch.rand(2, 6) > 0.5, None))
     check(permutation_ops.product, (t, tau, v, *layout))
     check(permutation_ops.transposed, (t, tau, v, *layout))
@@ -268,7 +274,7 @@ def test_compiles_whole():
         return (p @ v).square().sum() + rest
 
     s, v = leaf(torch.randn(10, dtype=F64)), leaf(torch.randn(10, dtype=F64))
-    got, truth = torch.compile(loss, fullgraph=True)(s, v), loss(s, v)
+    got, truth = torch.compile(loss, fullgraph=True, backend="aot_eager")(s, v), loss(s, v)
     close([got, *torch.autograd.grad(got, (s, v))], [truth, *torch.autograd.grad(truth, (s, v))], 1e-12)
     with pytest.raises(TypeError):
         v @ NeuralSort(s)
@@ -287,7 +293,7 @@ def test_same_bits_for_any_number_of_threads(kind, device):
         pytest.skip("threads of the CPU engine")
     before = torch.get_num_threads()
     found = []
-    for shape in ((1, 5000), (3, 700)):
+    for shape in ((1, 3000), (3, 700)):
         torch.manual_seed(0)
         s, v, u = torch.randn(3, *shape)
         for threads in (1, 2):
@@ -302,13 +308,14 @@ MEMORY = """
 import resource, torch
 from fusedloss.sorting import NeuralSort, SoftSort
 torch.set_num_threads(1)
-def step(n):
+def step(n, tau):
     s = torch.randn(n, requires_grad=True)
-    for p in (NeuralSort(s, {tau}), SoftSort(s, {tau}), SoftSort(s, {tau}, 2)):
+    for p in (NeuralSort(s, tau), SoftSort(s, tau), SoftSort(s, tau, 2)):
         ((p @ s.detach()).square().sum() + (p.T @ s.detach()).sum()).backward()
-step(100)
+step(100, 0.01)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-step({n})
+step(20_000, 0.01)
+step(4_000, 1e6)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
@@ -318,10 +325,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
 def test_memory_is_linear_also_where_all_of_the_matrix_counts():
     """Of n = 20 000 one matrix of fp32 is 1526 MiB; of n = 4000, where tau lets all entries count, 61."""
-    for n, tau in ((20_000, 0.01), (4_000, 1e6)):
-        command = [sys.executable, "-c", MEMORY.format(n=n, tau=tau)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        assert int(done.stdout) < 24 * 1024
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 24 * 1024
 
 
 def test_the_plain_meaning_takes_rows_in_chunks(monkeypatch, kind):

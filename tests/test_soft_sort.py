@@ -38,8 +38,7 @@ def truth(name: str, regularization: str, x: torch.Tensor, strength, descending=
 
 
 @four
-@pytest.mark.parametrize("descending", [False, True])
-@pytest.mark.parametrize("strength", [0.01, 0.3, 1.0, 7.0, 40.0])
+@pytest.mark.parametrize("descending, strength", [(False, 0.01), (True, 0.3), (True, 1.0), (False, 7.0), (True, 40.0)])
 def test_values_and_gradients_are_those_of_the_definition(backend, name, regularization, descending, strength):
     x = (2 * torch.randn(3, 9, dtype=F64)).requires_grad_()
     e = torch.tensor([strength, 2 * strength, strength], dtype=F64, requires_grad=True)
@@ -52,9 +51,10 @@ def test_values_and_gradients_are_those_of_the_definition(backend, name, regular
 
 
 @four
-@pytest.mark.parametrize("dtype", [torch.float32, F64])
-@pytest.mark.parametrize("strength", [0.1, 1.0, 5.0])
-@pytest.mark.parametrize("shape", [(1, 1), (3, 2), (5, 40)])
+@pytest.mark.parametrize(
+    "dtype, strength, shape",
+    [(F64, 1.0, (1, 1)), (F64, 5.0, (3, 2)), (torch.float32, 0.1, (5, 40)), (F64, 1.0, (5, 40)), (F64, 0.1, (5, 40))],
+)
 def test_the_same_as_torchsort(backend, name, regularization, dtype, strength, shape):
     torchsort = pytest.importorskip("torchsort")
     x = torch.randn(shape, dtype=dtype, requires_grad=True)
@@ -91,23 +91,22 @@ def test_known_values(backend):
     torch.testing.assert_close(soft_rank(pair, "kl"), 3 * pair.softmax(1))
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
 @four
-def test_integers_are_computed_in_the_default_type(backend, name, regularization, dtype):
-    x = torch.tensor([[3, 1, 2, 2]], dtype=dtype)
-    found = OPERATORS[name](x, regularization, 1)
-    assert found.dtype == torch.float32
-    assert torch.equal(found, OPERATORS[name](x.float(), regularization, 1.0))
+def test_integers_are_computed_in_the_default_type(backend, name, regularization):
+    for dtype in (torch.int64, torch.int32, torch.uint8):
+        x = torch.tensor([[3, 1, 2, 2]], dtype=dtype)
+        found = OPERATORS[name](x, regularization, 1)
+        assert found.dtype == torch.float32
+        assert torch.equal(found, OPERATORS[name](x.float(), regularization, 1.0))
 
 
 # --- derivatives -----------------------------------------------------------------------------------------------------
 
 
 @four
-@pytest.mark.parametrize("descending", [False, True])
-@pytest.mark.parametrize("scale", [0.06, 1.0])
+@pytest.mark.parametrize("descending, scale", [(False, 0.06), (True, 1.0)])
 def test_first_and_second_derivatives(backend, name, regularization, descending, scale):
-    x = distinct(2, 7).requires_grad_()
+    x = distinct(2, 5).requires_grad_()
     e = torch.tensor([scale, 3 * scale], dtype=F64)
     e = (e if name == "rank" else 1 / e).requires_grad_()
 
@@ -120,15 +119,15 @@ def test_first_and_second_derivatives(backend, name, regularization, descending,
 @four
 def test_derivatives_with_masks_offsets_and_one_strength(backend, name, regularization):
     f = OPERATORS[name]
-    x, e = distinct(3, 2, 2).requires_grad_(), torch.tensor(0.15, dtype=F64, requires_grad=True)
-    mask = torch.rand(3, 2, 2) > 0.3
-    offsets = torch.tensor([0, 4, 4, 5, 12])
+    x, e = distinct(4, 2).requires_grad_(), torch.tensor(0.15, dtype=F64, requires_grad=True)
+    mask = torch.tensor([[True, True], [True, False], [False, True], [True, True]])
+    offsets = torch.tensor([0, 3, 3, 4, 8])
     strength = (lambda e: e) if name == "rank" else (lambda e: 1 / e)
     for g in (
         lambda x, e: f(x, regularization, strength(e), dim=0, mask=mask),
         lambda x, e: f(x.flatten(), regularization, strength(e), offsets=offsets),
     ):
-        assert gradcheck(g, (x, e)) and gradgradcheck(g, (x, e))
+        assert gradcheck(g, (x, e)) and gradgradcheck(g, (x, e), fast_mode=True)
 
 
 @four
@@ -139,7 +138,7 @@ def test_the_third_derivative(backend, name, regularization):
         y = OPERATORS[name](x, regularization, 0.2 if name == "rank" else 5.0).pow(3).sum()
         return torch.autograd.grad(y, x, create_graph=True)[0]
 
-    assert gradgradcheck(slope, x)
+    assert gradgradcheck(slope, x, fast_mode=True)
 
 
 @four
@@ -174,8 +173,7 @@ def test_the_backward_keeps_the_values_themselves_and_four_bytes_per_item(name, 
 
 
 @four
-@pytest.mark.parametrize("dim", [0, 1, -1])
-@pytest.mark.parametrize("descending", [False, True])
+@pytest.mark.parametrize("dim, descending", [(0, True), (1, False), (-1, True)])
 def test_any_dimension(backend, name, regularization, dim, descending):
     f, x, g = OPERATORS[name], torch.randn(3, 4, 5), torch.randn(3, 4, 5)
     x.requires_grad_()
@@ -343,8 +341,7 @@ def test_a_nan_spoils_its_own_row_only(backend, name, regularization):
 
 
 @four
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("n", [7, 2049])
+@pytest.mark.parametrize("dtype, n", [(torch.float16, 2049), (torch.bfloat16, 100)])
 def test_half_precision_is_fp32_of_the_same_values(backend, name, regularization, dtype, n):
     half = torch.randn(2, n).to(dtype).requires_grad_()  # many ties; a peer's sort of 2049 float16 values never ends
     wide = half.detach().float().requires_grad_()
@@ -378,7 +375,7 @@ def compiled_only():
 
 @pytest.mark.host
 @four
-@pytest.mark.parametrize("n, strength", [(1000, 1.0), (1000, 1e-3), (10_000, 1e-3), (50_000, 1e-4)])
+@pytest.mark.parametrize("n, strength", [(1000, 1.0), (1000, 1e-3), (20_000, 1e-4)])
 def test_fp32_within_four_ulp_of_the_largest_output(name, regularization, n, strength):
     compiled_only()
     x = torch.randn(1, n)
@@ -524,13 +521,15 @@ def test_the_way_to_a_device(name, regularization, where, monkeypatch):
 
 @pytest.mark.parametrize("name", projection.NAMES)
 def test_opcheck(backend, name, kl=True):
+    """In full of the compiled engine; what the other one may do wrong is its outputs' layout and its inputs."""
+    how = {} if backend == "cpu" else dict(test_utils=("test_schema", "test_faketensor"))
     op, back = (getattr(torch.ops.fusedloss, n) for n in (name, f"{name}_backward"))
     x, e = torch.randn(3, 5, requires_grad=True), torch.rand(3, dtype=F64, requires_grad=True)
     ragged = torch.randn(5, requires_grad=True), e, None, torch.tensor([0, 2, 2, 5])
     for rows in ((x, None, torch.rand(3, 5) > 0.3, None), ragged):
-        opcheck(op, (*rows, 0.5, kl, True))
+        opcheck(op, (*rows, 0.5, kl, True), **how)
         y, order = op(*rows, 0.5, kl, True)
-        opcheck(back, (torch.randn_like(y).requires_grad_(), rows[0], order, *rows[1:], 0.5, kl, True))
+        opcheck(back, (torch.randn_like(y).requires_grad_(), rows[0], order, *rows[1:], 0.5, kl, True), **how)
 
 
 @pytest.mark.unpoisoned
@@ -553,15 +552,18 @@ def test_twelve_sizes_compile_at_most_twice():
 
 
 @pytest.mark.unpoisoned
-@pytest.mark.parametrize("name", OPERATORS)
-def test_an_annealed_strength_does_not_compile_again(name):
+def test_an_annealed_strength_does_not_compile_again():
     from torch._dynamo.testing import CompileCounterWithBackend
 
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(lambda x, s: OPERATORS[name](x, "kl", s), fullgraph=True, backend=counter)
+
+    def f(x, strength):
+        return soft_rank(x, "kl", strength) + soft_sort(x, "kl", strength)
+
+    compiled = torch.compile(f, fullgraph=True, backend=counter)
     x = torch.randn(3, 8)
     for strength in (0.5, 0.25, 0.75, 2.0, 5.0):
-        torch.testing.assert_close(compiled(x, strength), OPERATORS[name](x, "kl", strength))
+        torch.testing.assert_close(compiled(x, strength), f(x, strength))
     assert counter.frame_count <= 2
 
 
@@ -680,8 +682,6 @@ def test_spearman_is_the_correlation_of_ranks(backend, options):
     ragged = spearman_loss(scores.flatten(), relevance.flatten(), offsets=offsets, reduction="none", **options)
     torch.testing.assert_close(ragged[0], spearman_loss(scores.flatten()[:5], relevance.flatten()[:5], **options))
     assert ragged[1] == 0
-    assert gradcheck(lambda s: spearman_loss(s, relevance, **options), scores)
-    assert gradgradcheck(lambda s: spearman_loss(s, relevance, **options), scores)
 
 
 def test_spearman_without_strength_is_spearman(backend):
@@ -704,15 +704,3 @@ def test_spearman_of_constant_lists(backend):
     assert loss.dtype == torch.float32 and loss.isfinite() and wanted.isfinite()
     loss.backward()
     assert half.grad.abs().max() > 0
-
-
-@pytest.mark.unpoisoned
-def test_spearman_compiles():
-    compiled = torch.compile(spearman_loss, fullgraph=True, backend="aot_eager")
-    scores, relevance = torch.randn(3, 7, requires_grad=True), torch.rand(3, 7)
-    found, wanted = (
-        compiled(scores, relevance, mask=relevance > 0.1),
-        spearman_loss(scores, relevance, mask=relevance > 0.1),
-    )
-    torch.testing.assert_close(found, wanted)
-    torch.testing.assert_close(torch.autograd.grad(found, scores), torch.autograd.grad(wanted, scores))

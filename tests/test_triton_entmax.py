@@ -71,8 +71,7 @@ else:
         assert gradient[2].isnan().all() and gradient[[0, 1, 3, 4]].isfinite().all()
 
     @pytest.mark.parametrize("module", [sparsemax_module, entmax15_module], ids=["sparsemax", "entmax15"])
-    @pytest.mark.parametrize("linear", [False, True])
-    @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+    @pytest.mark.parametrize("linear, dtype", [(False, F32), (True, BF16)], ids=str)
     def test_losses(module, linear, dtype):
         """Gradients in place of the scores, in half precision in half of their memory; ignored rows, options."""
         f = getattr(fl, module.__name__.rpartition(".")[2])

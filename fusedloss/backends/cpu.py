@@ -112,14 +112,15 @@ def _blas_gemm(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
     operands = []
     for matrix in (a, b):
         flip = matrix.stride(1) != 1 and matrix.shape[1] > 1
-        pitch = matrix.stride(1) if flip else matrix.stride(0)
-        operands.append((transposed if flip else plain, matrix.data_ptr(), max(1, pitch)))
+        pitch, length = (matrix.stride(1), matrix.shape[0]) if flip else (matrix.stride(0), matrix.shape[1])
+        # Of a single row the stride may be anything; the library refuses one below the row's length, writing nothing.
+        operands.append((transposed if flip else plain, matrix.data_ptr(), max(1, pitch, length)))
     (flip_a, data_a, pitch_a), (flip_b, data_b, pitch_b) = operands
     c_int, c_float, address = ctypes.c_int, ctypes.c_float, ctypes.c_void_p
     _blas("cblas_gemm_bf16bf16f32")(
         *map(c_int, (row_major, flip_a, flip_b, m, n, k)),
         *(c_float(1.0), address(data_a), c_int(pitch_a), address(data_b), c_int(pitch_b)),
-        *(c_float(1.0 if accumulate else 0.0), address(out.data_ptr()), c_int(max(1, out.stride(0)))),
+        *(c_float(1.0 if accumulate else 0.0), address(out.data_ptr()), c_int(max(n, out.stride(0)))),
     )
 
 

@@ -35,10 +35,8 @@ def gemm(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
         a, b = a.to(out.dtype), b.to(out.dtype)
         if accumulate:
             out.addmm_(a, b)
-        elif out.is_contiguous():
-            torch.mm(a, b, out=out)
         else:
-            out.copy_(a @ b)
+            torch.mm(a, b, out=out)
 
 
 def take_columns(matrix: Tensor, columns: Tensor) -> Tensor:
