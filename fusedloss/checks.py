@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import inf
 
+import torch
 from torch import Tensor
 
 
@@ -11,6 +12,12 @@ def expect(condition: bool, function: str, argument: str, expected: str, got: ob
     if not condition:
         shown = tuple(got.shape) if hasattr(got, "shape") else got
         raise error(f"{function}: {argument}: expected {expected}, got {shown}")
+
+
+def visible(tensor: Tensor) -> bool:
+    """Whether a check may look at the numbers: nobody waits for a device, and no compiler or transformation is at work."""
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return tensor.device.type == "cpu" and not traced
 
 
 def fixed(value: object) -> object:

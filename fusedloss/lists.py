@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
 
-from .checks import expect
+from .checks import expect, visible
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,8 +26,8 @@ class Lists:
 
     @property
     def rows(self) -> int:
-        # Not len(): where an operator's fake runs, it would fix the size for good.
-        return self.offsets.shape[0] - 1 if self.offsets is not None else self.leading.numel()
+        # Not len(), not numel(): where an operator's fake runs or torch.export traces, they would fix the size for good.
+        return self.offsets.shape[0] - 1 if self.offsets is not None else prod(self.leading)
 
     @property
     def leading(self) -> torch.Size:
@@ -106,19 +107,23 @@ def lists_of(
     """Checks how a caller of `name` lays out his lists."""
     expect(isinstance(values, Tensor), name, argument, "a tensor", type(values).__name__, TypeError)
     expect(values.dim() >= 1, name, argument, "at least one dimension", values)
+    expect(values.layout == torch.strided, name, argument, "a strided tensor", values.layout, TypeError)
+    expect(isinstance(dim, (int, torch.SymInt)), name, "dim", "an integer", dim, TypeError)
     expect(-values.dim() <= dim < values.dim(), name, "dim", f"a dimension of {tuple(values.shape)}", dim, IndexError)
     if mask is not None:
+        expect(isinstance(mask, Tensor), name, "mask", "a tensor", type(mask).__name__, TypeError)
         expect(mask.dtype == torch.bool, name, "mask", "torch.bool", mask.dtype, TypeError)
         expect(mask.shape == values.shape, name, "mask", f"shape {tuple(values.shape)}", mask)
         expect(mask.device == values.device, name, "mask", f"on {values.device}", mask.device)
     if offsets is not None:
+        expect(isinstance(offsets, Tensor), name, "offsets", "a tensor", type(offsets).__name__, TypeError)
         expect(values.dim() == 1, name, argument, "one dimension with offsets", values)
         right = offsets.dim() == 1 and len(offsets) >= 1 and offsets.dtype in (torch.int64, torch.int32)
         expect(right, name, "offsets", "int64 (lists + 1,)", f"{offsets.dtype} {tuple(offsets.shape)}")
         expect(offsets.device == values.device, name, "offsets", f"on {values.device}", offsets.device)
         offsets = offsets.long().contiguous()
-        if offsets.device.type == "cpu" and not torch.compiler.is_compiling():
-            whole = offsets[0] == 0 and offsets[-1] == len(values) and bool((offsets.diff() >= 0).all())
+        if visible(offsets):
+            whole = offsets[0] == 0 and offsets[-1] == len(values) and bool((offsets[1:] >= offsets[:-1]).all())
             expect(whole, name, "offsets", f"rising from 0 to {len(values)}", offsets[:8].tolist())
     lists = Lists(values.shape, dim % values.dim(), None, offsets)
     return lists if mask is None else Lists(lists.shape, lists.dim, lists.flat(mask), offsets)

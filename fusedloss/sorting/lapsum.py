@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..checks import check_number, expect
+from ..checks import check_number, expect, visible
 from ..lists import Lists, lists_of
 from . import lapsum_ops  # noqa: F401 (defines the operators)
 
@@ -109,7 +109,8 @@ def _per_list(name: str, argument: str, value: float | Tensor, lists: Lists, dev
         given == 1 or given == wanted for given, wanted in zip(value.shape[::-1], lists.leading[::-1])
     )
     expect(fits, name, argument, f"a number, or a tensor that broadcasts to {tuple(lists.leading)}", value)
-    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+    expect(not value.is_complex(), name, argument, "real numbers", value.dtype, TypeError)
+    if visible(value):
         inside = (value > 0) if above else (value >= 0)
         expected = "numbers above 0" if above else "numbers of 0 or more"
         expect(bool(inside.all()), name, argument, expected, value.tolist())
