@@ -6,6 +6,7 @@ from math import inf
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def expect(condition: bool, function: str, argument: str, expected: str, got: object, error: type = ValueError) -> None:
@@ -18,6 +19,15 @@ def visible(tensor: Tensor) -> bool:
     """Whether a check may look at the numbers: nobody waits for a device, and no compiler or transformation is at work."""
     traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     return tensor.device.type == "cpu" and not traced
+
+
+def expect_reverse_mode(function: str, **arguments: object) -> None:
+    """No tangents of forward mode: torch.library's operators would drop them without a word."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    for argument, value in arguments.items():
+        dual = isinstance(value, Tensor) and value.is_floating_point() and forward_ad.unpack_dual(value).tangent is not None
+        expect(not dual, function, argument, "reverse-mode derivatives", "a forward-mode tangent", NotImplementedError)
 
 
 def fixed(value: object) -> object:

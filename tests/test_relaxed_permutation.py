@@ -359,3 +359,39 @@ def test_errors(kind):
     ):
         with pytest.raises((ValueError, TypeError), match=message):
             wrong()
+
+
+def test_forward_mode_is_refused_and_not_dropped():
+    x = torch.randn(2, 3)
+    with pytest.raises(NotImplementedError, match="NeuralSort: scores: expected reverse-mode derivatives"):
+        torch.func.jvp(lambda x: NeuralSort(x) @ torch.ones(2, 3), (x,), (x,))
+    with pytest.raises(NotImplementedError, match="SoftSort: operand: expected reverse-mode derivatives"):
+        torch.func.jvp(lambda v: SoftSort(x).T @ v, (x,), (x,))
+
+
+@pytest.mark.unpoisoned
+def test_a_tau_that_changes_compiles_once_more_only():
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    run = torch.compile(lambda x, tau: NeuralSort(x, tau) @ x, backend=counter, fullgraph=True)
+    x = torch.randn(2, 4)
+    for tau in (0.5, 0.7, 0.9, 1.1):
+        torch.testing.assert_close(run(x, tau), NeuralSort(x, tau) @ x)
+    assert counter.frame_count <= 2
+
+
+def test_export_with_other_sizes_and_vmap_of_the_cross_entropy():
+    class Loss(torch.nn.Module):
+        def forward(self, x, permutation):
+            return NeuralSort(x, 0.5).cross_entropy(permutation)
+
+    x, loss, some = torch.randn(5, 3, 6), Loss(), torch.export.Dim.DYNAMIC
+    permutation = x.argsort(-1)
+    sizes = ({0: some, 1: some}, {0: some, 1: some})
+    small = torch.randn(3, 4)
+    program = torch.export.export(loss, (small, small.argsort(-1)), dynamic_shapes=sizes)
+    torch.testing.assert_close(program.module()(x[1].clone(), permutation[1].clone()), loss(x[1], permutation[1]))
+    wanted = torch.stack([loss(a, b) for a, b in zip(x, permutation)])
+    torch.testing.assert_close(torch.vmap(loss)(x, permutation), wanted)

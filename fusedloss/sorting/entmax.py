@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..checks import expect
+from ..checks import expect, expect_reverse_mode
 from ..lists import Lists, lists_of
 from . import threshold
 from .threshold import ENTMAX15, SPARSEMAX
@@ -107,6 +107,7 @@ def _entmax_backward_vmap(info, dims, p, grad, offsets, kind):
 
 def _call(name: str, values: Tensor, dim: int, mask: Tensor | None, offsets: Tensor | None, kind: int) -> Tensor:
     lists = lists_of(name, values, dim, mask, offsets)
+    expect_reverse_mode(name, values=values)
     expect(values.dtype in threshold.KINDS, name, "values", "a floating-point tensor", values.dtype, TypeError)
     flat = lists.flat(values)
     if lists.mask is not None:

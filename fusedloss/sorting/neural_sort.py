@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..checks import check_constant, expect, visible
+from ..checks import check_constant, expect, expect_reverse_mode, visible
 from ..lists import Lists, lists_of
 from . import permutation_ops as ops
 from .permutation_torch import NEURAL_SORT, SOFT_SORT, SOFT_SORT_SQUARED, logit, pairwise_sums
@@ -19,11 +19,13 @@ class SortedSoftmax(RelaxedPermutation):
         name = type(self).__name__
         self.lists = lists = lists_of(name, scores, dim, mask, offsets, "scores")
         expect(scores.is_floating_point(), name, "scores", "a floating-point tensor", scores.dtype, TypeError)
+        expect_reverse_mode(name, scores=scores, tau=tau)
         self.device, self.hard, self.relaxation = scores.device, hard, relaxation
         self.dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
         if isinstance(tau, Tensor):
             right = tau.dim() == 0 or tau.shape == lists.leading
             expect(right, name, "tau", f"a number, or a tensor of shape () or {tuple(lists.leading)}", tau)
+            expect(not tau.is_complex(), name, "tau", "real numbers", tau.dtype, TypeError)
             expect(tau.device == self.device, name, "tau", f"on {self.device}", tau.device)
             self.tau = tau.to(torch.float64).expand(lists.leading).reshape(lists.rows)
         else:
