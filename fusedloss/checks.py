@@ -16,7 +16,7 @@ def expect(condition: bool, function: str, argument: str, expected: str, got: ob
 
 
 def visible(tensor: Tensor) -> bool:
-    """Whether a check may look at the numbers: nobody waits for a device, and no compiler or transformation is at work."""
+    """Whether a check may look at the numbers: no device to wait for, no compiler or transformation at work."""
     traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     return tensor.device.type == "cpu" and not traced
 
@@ -26,7 +26,8 @@ def expect_reverse_mode(function: str, **arguments: object) -> None:
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return
     for argument, value in arguments.items():
-        dual = isinstance(value, Tensor) and value.is_floating_point() and forward_ad.unpack_dual(value).tangent is not None
+        real = isinstance(value, Tensor) and value.is_floating_point()
+        dual = real and forward_ad.unpack_dual(value).tangent is not None
         expect(not dual, function, argument, "reverse-mode derivatives", "a forward-mode tangent", NotImplementedError)
 
 

@@ -26,7 +26,7 @@ class Lists:
 
     @property
     def rows(self) -> int:
-        # Not len(), not numel(): where an operator's fake runs or torch.export traces, they would fix the size for good.
+        # Not len(), not numel(): where a fake runs or torch.export traces, they would fix the size.
         return self.offsets.shape[0] - 1 if self.offsets is not None else prod(self.leading)
 
     @property

@@ -343,9 +343,9 @@ def test_forward_mode_is_refused_and_not_dropped():
     """torch.library's operators drop tangents without a word."""
     x, alpha = torch.randn(2, 3, dtype=F64), torch.tensor(0.5, dtype=F64)
     for operator in (lapsum_rank, lapsum_sort, lambda x, a: lapsum_top_k(x, a, a)):
-        for given, function in ((x, lambda t: operator(t, alpha)), (alpha, lambda t: operator(x, t))):
+        for point, function in ((x, lambda t: operator(t, alpha)), (alpha, lambda t: operator(x, t))):
             with pytest.raises(NotImplementedError, match="lapsum_.*: expected reverse-mode derivatives"):
-                torch.func.jvp(function, (given,), (given,))
+                torch.func.jvp(function, (point,), (point,))
 
 
 @pytest.mark.host
