@@ -4,13 +4,31 @@ from __future__ import annotations
 
 from math import inf
 
+import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def expect(condition: bool, function: str, argument: str, expected: str, got: object, error: type = ValueError) -> None:
     if not condition:
         shown = tuple(got.shape) if hasattr(got, "shape") else got
         raise error(f"{function}: {argument}: expected {expected}, got {shown}")
+
+
+def visible(tensor: Tensor) -> bool:
+    """Whether a check may look at the numbers: no device to wait for, no compiler or transformation at work."""
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return tensor.device.type == "cpu" and not traced
+
+
+def expect_reverse_mode(function: str, **arguments: object) -> None:
+    """No tangents of forward mode: torch.library's operators would drop them without a word."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    for argument, value in arguments.items():
+        real = isinstance(value, Tensor) and value.is_floating_point()
+        dual = real and forward_ad.unpack_dual(value).tangent is not None
+        expect(not dual, function, argument, "reverse-mode derivatives", "a forward-mode tangent", NotImplementedError)
 
 
 def fixed(value: object) -> object:

@@ -8,7 +8,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from .checks import expect
+from .checks import expect, visible
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +26,7 @@ class Lists:
 
     @property
     def rows(self) -> int:
-        # Not len() nor numel(): where an operator's fake runs, they would fix the size for good.
+        # Not len(), not numel(): where a fake runs or torch.export traces, they would fix the size.
         return self.offsets.shape[0] - 1 if self.offsets is not None else prod(self.leading)
 
     @property
@@ -113,6 +113,8 @@ def lists_of(
     """Checks how a caller of `name` lays out his lists."""
     expect(isinstance(values, Tensor), name, argument, "a tensor", type(values).__name__, TypeError)
     expect(values.dim() >= 1, name, argument, "at least one dimension", values)
+    expect(values.layout == torch.strided, name, argument, "a strided tensor", values.layout, TypeError)
+    expect(isinstance(dim, (int, torch.SymInt)), name, "dim", "an integer", dim, TypeError)
     expect(-values.dim() <= dim < values.dim(), name, "dim", f"a dimension of {tuple(values.shape)}", dim, IndexError)
     if mask is not None:
         expect(isinstance(mask, Tensor), name, "mask", "a tensor", type(mask).__name__, TypeError)
@@ -126,8 +128,8 @@ def lists_of(
         expect(right, name, "offsets", "int64 (lists + 1,)", f"{offsets.dtype} {tuple(offsets.shape)}")
         expect(offsets.device == values.device, name, "offsets", f"on {values.device}", offsets.device)
         offsets = offsets.long().contiguous()
-        if offsets.device.type == "cpu" and not torch.compiler.is_compiling():
-            whole = offsets[0] == 0 and offsets[-1] == len(values) and bool((offsets.diff() >= 0).all())
+        if visible(offsets):
+            whole = offsets[0] == 0 and offsets[-1] == len(values) and bool((offsets[1:] >= offsets[:-1]).all())
             expect(whole, name, "offsets", f"rising from 0 to {len(values)}", offsets[:8].tolist())
     lists = Lists(values.shape, dim % values.dim(), None, offsets)
     return lists if mask is None else Lists(lists.shape, lists.dim, lists.flat(mask), offsets)

@@ -477,3 +477,17 @@ def test_frozen_inputs_and_class_vectors(module, linear, dtype):
     truth = module.reference((z * leaves[3] + leaves[4])[y >= 0], y[y >= 0]).mean()
     for n, wanted in zip(used, torch.autograd.grad(truth, [leaves[n] for n in used])):
         assert tolerance.error(together[n], wanted) < (1e-12 if dtype == F64 else 2e-2)
+
+
+def test_offsets_changed_before_the_backward_are_noticed():
+    x, offsets = torch.randn(6, requires_grad=True), torch.tensor([0, 2, 6])
+    p = entmax15(x, offsets=offsets)
+    offsets[1] = 3
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        p.square().sum().backward()
+
+
+def test_forward_mode_is_refused_and_not_dropped():
+    x = torch.randn(2, 3)
+    with pytest.raises(NotImplementedError, match="entmax15: values: expected reverse-mode derivatives"):
+        torch.func.jvp(entmax15, (x,), (x,))

@@ -341,3 +341,30 @@ def test_equal_bits_and_untouched_inputs(operator, backend):
     before = x.clone()
     first, again = (gradients(operator, x, torch.tensor(0.4)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again)) and torch.equal(x, before)
+
+
+def test_forward_mode_is_refused_and_not_dropped():
+    """torch.library's operators drop tangents without a word."""
+    x, alpha = torch.randn(2, 3, dtype=F64), torch.tensor(0.5, dtype=F64)
+    for operator in (lapsum_rank, lapsum_sort, lambda x, a: lapsum_top_k(x, a, a)):
+        for point, function in ((x, lambda t: operator(t, alpha)), (alpha, lambda t: operator(x, t))):
+            with pytest.raises(NotImplementedError, match="lapsum_.*: expected reverse-mode derivatives"):
+                torch.func.jvp(function, (point,), (point,))
+
+
+@pytest.mark.host
+@pytest.mark.parametrize(
+    "layout, expected",
+    [
+        ({"mask": [True]}, "mask: expected a tensor"),
+        ({"offsets": [0, 6]}, "offsets: expected a tensor"),
+        ({"dim": None}, "dim: expected an integer"),
+        # differences of neighbours overflow, and are positive
+        ({"offsets": torch.tensor([0, 2**63 - 1, -2, 6])}, "offsets: expected rising from 0 to 6"),
+    ],
+)
+def test_wrong_layouts(layout, expected):
+    with pytest.raises((TypeError, ValueError), match=f"lapsum_rank: {expected}"):
+        lapsum_rank(torch.randn(6), **layout)
+    with pytest.raises(TypeError, match="lapsum_rank: alpha: expected real numbers"):
+        lapsum_rank(torch.randn(6), torch.tensor(1j))

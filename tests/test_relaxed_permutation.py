@@ -364,3 +364,42 @@ def test_errors(kind):
     ):
         with pytest.raises((ValueError, TypeError), match=message):
             wrong()
+
+
+def test_forward_mode_is_refused_and_not_dropped():
+    x = torch.randn(2, 3)
+    with pytest.raises(NotImplementedError, match="NeuralSort: scores: expected reverse-mode derivatives"):
+        torch.func.jvp(lambda x: NeuralSort(x) @ torch.ones(2, 3), (x,), (x,))
+    with pytest.raises(NotImplementedError, match="SoftSort: operand: expected reverse-mode derivatives"):
+        torch.func.jvp(lambda v: SoftSort(x).T @ v, (x,), (x,))
+
+
+@pytest.mark.unpoisoned
+def test_a_tau_that_changes_compiles_once_more_only():
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    run = torch.compile(lambda x, tau: NeuralSort(x, tau) @ x, backend=counter, fullgraph=True)
+    x = torch.randn(2, 4)
+    for tau in (0.5, 0.7, 0.9, 1.1):
+        torch.testing.assert_close(run(x, tau), NeuralSort(x, tau) @ x)
+    assert counter.frame_count <= 2
+
+
+def test_export_with_other_sizes():
+    class Product(torch.nn.Module):
+        def forward(self, x):
+            return NeuralSort(x, 0.5) @ x
+
+    some = torch.export.Dim.DYNAMIC
+    program = torch.export.export(Product(), (torch.randn(3, 4),), dynamic_shapes=({0: some, 1: some},))
+    x = torch.randn(5, 6)
+    torch.testing.assert_close(program.module()(x), Product()(x))
+
+
+def test_vmap_of_the_cross_entropy():
+    x = torch.randn(5, 3, 6)
+    loss = lambda x, permutation: NeuralSort(x, 0.5).cross_entropy(permutation)
+    wanted = torch.stack([loss(a, a.argsort(-1)) for a in x])
+    torch.testing.assert_close(torch.vmap(loss)(x, x.argsort(-1)), wanted)

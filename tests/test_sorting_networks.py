@@ -378,3 +378,11 @@ def test_gro_co_derivatives_and_errors(backend):
         assert check(function, (scores, beta), fast_mode=True)
     with pytest.raises(ValueError, match="gro_co_loss: k"):
         gro_co_loss(scores, relevance, k=0)
+
+
+def test_forward_mode_is_refused_and_not_dropped():
+    x = torch.randn(2, 3)
+    with pytest.raises(NotImplementedError, match="SortingNetwork: values: expected reverse-mode derivatives"):
+        torch.func.jvp(lambda x: SortingNetwork(x).sorted, (x,), (x,))
+    with pytest.raises(NotImplementedError, match="SortingNetwork: operand: expected reverse-mode derivatives"):
+        torch.func.jvp(lambda v: SortingNetwork(x) @ v, (x,), (x,))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..checks import expect
+from ..checks import expect, expect_reverse_mode
 from ..lists import Lists, lists_of
 from . import threshold
 from .threshold import ENTMAX15, SPARSEMAX
@@ -50,26 +50,26 @@ def _entmax_backward_fake(p, grad, offsets, kind):
 
 
 def _keep_output(ctx, inputs, output):
-    _, ctx.offsets, ctx.kind = inputs
-    ctx.save_for_backward(output)
+    _, offsets, ctx.kind = inputs
+    ctx.save_for_backward(output, offsets)
 
 
 def _formula(ctx, grad):
-    (p,) = ctx.saved_tensors
-    return torch.ops.fusedloss.entmax_backward(p, grad, ctx.offsets, ctx.kind), None, None
+    p, offsets = ctx.saved_tensors
+    return torch.ops.fusedloss.entmax_backward(p, grad, offsets, ctx.kind), None, None
 
 
 def _keep_inputs(ctx, inputs, output):
-    p, grad, ctx.offsets, ctx.kind = inputs
-    ctx.save_for_backward(p, grad)
+    p, grad, offsets, ctx.kind = inputs
+    ctx.save_for_backward(p, grad, offsets)
 
 
 def _second_formula(ctx, v):
     """The Jacobian is symmetric, so it is applied to v; its own slope, where p moves, for entmax alone."""
-    p, g = ctx.saved_tensors
-    by_grad, by_p = torch.ops.fusedloss.entmax_backward(p, v, ctx.offsets, ctx.kind), None
+    p, g, offsets = ctx.saved_tensors
+    by_grad, by_p = torch.ops.fusedloss.entmax_backward(p, v, offsets, ctx.kind), None
     if ctx.kind == ENTMAX15 and ctx.needs_input_grad[0]:
-        lists, inside = _lists(p, ctx.offsets), p != 0
+        lists, inside = _lists(p, offsets), p != 0
         root = torch.where(inside, torch.where(inside, p, 1.0).sqrt(), 0.0)
         total = lists.sum(root)
         total = torch.where(total == 0, 1.0, total)
@@ -107,6 +107,7 @@ def _entmax_backward_vmap(info, dims, p, grad, offsets, kind):
 
 def _call(name: str, values: Tensor, dim: int, mask: Tensor | None, offsets: Tensor | None, kind: int) -> Tensor:
     lists = lists_of(name, values, dim, mask, offsets)
+    expect_reverse_mode(name, values=values)
     expect(values.dtype in threshold.KINDS, name, "values", "a floating-point tensor", values.dtype, TypeError)
     flat = lists.flat(values)
     if lists.mask is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..checks import check_number, expect
+from ..checks import check_number, expect, expect_reverse_mode, visible
 from ..lists import Lists, lists_of
 from . import lapsum_ops  # noqa: F401 (defines the operators)
 
@@ -40,6 +40,7 @@ def lapsum_top_k(
     α), the smallest; that is `largest=False`.
     """
     lists, x, alpha = _prepared("lapsum_top_k", values, alpha, dim, mask, offsets)
+    expect_reverse_mode("lapsum_top_k", k=k)
     k = _per_list("lapsum_top_k", "k", k, lists, values.device, above=False)
     chosen, _ = _op.lapsum_top_k(x, k, alpha, lists.mask, lists.offsets, largest)
     return lists.shaped(chosen).to(values.dtype)
@@ -92,6 +93,7 @@ def lapsum_sort(
 def _prepared(name: str, values: Tensor, alpha, dim: int, mask, offsets) -> tuple[Lists, Tensor, Tensor]:
     lists = lists_of(name, values, dim, mask, offsets)
     expect(values.is_floating_point(), name, "values", "a floating-point tensor", values.dtype, TypeError)
+    expect_reverse_mode(name, values=values, alpha=alpha)
     flat = lists.flat(values)
     x = flat if flat.dtype in lapsum_ops.NATIVE else flat.float()
     return lists, x, _per_list(name, "alpha", alpha, lists, values.device, above=True)
@@ -109,7 +111,8 @@ def _per_list(name: str, argument: str, value: float | Tensor, lists: Lists, dev
         given == 1 or given == wanted for given, wanted in zip(value.shape[::-1], lists.leading[::-1])
     )
     expect(fits, name, argument, f"a number, or a tensor that broadcasts to {tuple(lists.leading)}", value)
-    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+    expect(not value.is_complex(), name, argument, "real numbers", value.dtype, TypeError)
+    if visible(value):
         inside = (value > 0) if above else (value >= 0)
         expected = "numbers above 0" if above else "numbers of 0 or more"
         expect(bool(inside.all()), name, argument, expected, value.tolist())

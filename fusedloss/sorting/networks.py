@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..checks import check_constant, check_number, expect, fixed
+from ..checks import check_constant, check_number, expect, expect_reverse_mode, fixed
 from ..lists import lists_of
 from . import network_ops  # noqa: F401 (defines the operators)
 from .comparators import DISTRIBUTIONS, KINDS
@@ -60,6 +60,7 @@ class SortingNetwork(RelaxedPermutation):
         expect(kind in KINDS, NAME, "kind", f"one of {list(KINDS)}", kind)
         expect(distribution in DISTRIBUTIONS, NAME, "distribution", f"one of {list(DISTRIBUTIONS)}", distribution)
         check_number(NAME, "steepness", steepness, 0, above=True)
+        expect_reverse_mode(NAME, values=values, steepness=steepness)
         check_constant(NAME, "art_lambda", art_lambda, 0, 1)
         self.device = values.device
         self.dtype = torch.float64 if values.dtype == torch.float64 else torch.float32

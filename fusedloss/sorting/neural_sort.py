@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..checks import check_constant, expect
+from ..checks import check_constant, expect, expect_reverse_mode, visible
 from ..lists import Lists, lists_of
 from . import permutation_ops as ops
 from .permutation_torch import NEURAL_SORT, SOFT_SORT, SOFT_SORT_SQUARED, logit, pairwise_sums
@@ -19,16 +19,18 @@ class SortedSoftmax(RelaxedPermutation):
         name = type(self).__name__
         self.lists = lists = lists_of(name, scores, dim, mask, offsets, "scores")
         expect(scores.is_floating_point(), name, "scores", "a floating-point tensor", scores.dtype, TypeError)
+        expect_reverse_mode(name, scores=scores, tau=tau)
         self.device, self.hard, self.relaxation = scores.device, hard, relaxation
         self.dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
         if isinstance(tau, Tensor):
             right = tau.dim() == 0 or tau.shape == lists.leading
             expect(right, name, "tau", f"a number, or a tensor of shape () or {tuple(lists.leading)}", tau)
+            expect(not tau.is_complex(), name, "tau", "real numbers", tau.dtype, TypeError)
             expect(tau.device == self.device, name, "tau", f"on {self.device}", tau.device)
             self.tau = tau.to(torch.float64).expand(lists.leading).reshape(lists.rows)
         else:
             check_constant(name, "tau", tau, 0, above=True)
-            self.tau = torch.full((lists.rows,), float(tau), dtype=torch.float64, device=self.device)
+            self.tau = torch.zeros(lists.rows, dtype=torch.float64, device=self.device) + tau  # compiled: it may change
         flat = lists.clean(scores).to(self.dtype)
         self._order = ops.order(flat.detach(), lists.mask, lists.offsets)
         self._sorted = self._by_place(flat.unsqueeze(-1)).squeeze(-1)
@@ -85,10 +87,10 @@ class SortedSoftmax(RelaxedPermutation):
         count = length if count is None else count
         at = torch.where(live, lists.flat(permutation).reshape(-1), 0)
         spread = lambda x: lists.spread(x).expand_as(self._place).reshape(-1)
-        if self.device.type == "cpu" and not torch.compiler.is_compiling():
+        if visible(at):
             inside = bool(((at >= 0) & (at < spread(length).clamp(min=1))).all())
             expect(inside, name, "permutation", "items of each list, from 0", permutation)
-        index = torch.arange(len(t), device=self.device)
+        index = torch.arange(t.shape[0], device=self.device)
         where = torch.empty_like(index).scatter(0, self._order.reshape(-1), index)  # the place of each item in the sort
         other = where[index - place + at]
         rest = ops.product(*self._given(self._sorted.new_empty((*self._sorted.shape, 0))))[1]

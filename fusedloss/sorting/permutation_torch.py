@@ -20,11 +20,11 @@ def tied(t: Tensor, place: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
 
     place, count: the item's place in its list, from 0, and how many items the list has.
     """
-    index = torch.arange(len(t), device=t.device)
+    index = torch.arange(t.shape[0], device=t.device)
     starts = (place == 0) | (t != t.roll(1)) | (place == count)
     ends = (place >= count - 1) | (t != t.roll(-1))
     first = torch.where(starts, index, 0).cummax(0).values
-    return first, torch.where(ends, index + 1, len(t)).flip(0).cummin(0).values.flip(0)
+    return first, torch.where(ends, index + 1, t.shape[0]).flip(0).cummin(0).values.flip(0)
 
 
 def prefix_sums(x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..checks import expect
+from ..checks import expect, expect_reverse_mode
 from ..lists import Lists
 
 
@@ -75,6 +75,7 @@ class RelaxedPermutation(LeftFactor):
     def _applied(self, apply, v: Tensor) -> Tensor:
         name, lists, shape = type(self).__name__, self.lists, self.lists.shape
         expect(isinstance(v, Tensor), name, "operand", "a tensor", type(v).__name__, TypeError)
+        expect_reverse_mode(name, operand=v)
         expect(v.device == self.device, name, "operand", f"on {self.device}", v.device)
         n = shape[lists.dim]
         if lists.offsets is None and v.shape == (n,) and len(shape) > 1:

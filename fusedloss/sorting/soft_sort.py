@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..checks import check_number, expect
+from ..checks import check_number, expect, visible
 from ..lists import Lists, lists_of
 from . import projection
 
@@ -124,8 +124,7 @@ def _strengths(name: str, lists: Lists, values: Tensor, strength: Tensor) -> Ten
         given == 1 or given == wanted for given, wanted in zip(strength.shape[::-1], lists.leading[::-1])
     )
     expect(fits, name, what, f"a number, or a tensor that broadcasts to {tuple(lists.leading)}", strength)
-    hidden = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if not hidden and strength.device.type == "cpu":
+    if visible(strength):
         inside = (strength >= 0) & (strength < torch.inf)
         expect(bool(inside.all()), name, what, "numbers in [0, inf)", strength.tolist())
     return strength.to(values.device, torch.float64).expand(lists.leading).reshape(lists.rows)
