@@ -24,7 +24,7 @@ const SortLoops<T>& pick(const SortLoops<float>& single, const SortLoops<double>
 template <class T>
 const SortLoops<T>& loops() {
 #if defined(FL_X86)
-  static const int isa = std::strcmp(fl_isa(), "avx512") == 0 ? 2 : std::strcmp(fl_isa(), "avx2") == 0;
+  const int isa = std::strcmp(fl_isa(), "avx512") == 0 ? 2 : std::strcmp(fl_isa(), "avx2") == 0;
   if (isa == 2) return pick<T>(avx512::sort_float, avx512::sort_double);
   if (isa == 1) return pick<T>(avx2::sort_float, avx2::sort_double);
 #endif
