@@ -16,6 +16,7 @@ template <class V>
 struct Gradient {
   int64_t m, begin, count;
   const int32_t* order;       // of the finite items
+  const int32_t* ranks;       // null, or of which item in `order` each item is: there may be others between them
   const V* values;            // of the row
   double* falling;            // room for their +-x, null where nobody asks
   double* weights;            // kl: exp(s - s of the block's first)
@@ -38,6 +39,7 @@ struct Backward : Gradient<V> {
   int64_t position(int64_t k) const { return order[k] & kPosition; }
   double value(int64_t k) const { return sign * (double)values[position(k)]; }
   double gradient(int64_t k) const { return gradients[k]; }
+  double rank(int64_t k) const { return (double)(this->m - begin - (this->ranks ? this->ranks[k] : k)); }
 
   Sums sums(int64_t from, int64_t to) const {
     Sums all;
@@ -66,7 +68,7 @@ struct Backward : Gradient<V> {
       }
     } else {
       const double mean = kl ? all.pg / all.p : all.g / size;
-      const double ranks = size * ((double)(this->m - begin - first) - 0.5 * (size - 1)), slope = kl ? ranks / all.p * by : by;
+      const double sum = size * (rank(first) - 0.5 * (size - 1)), slope = kl ? sum / all.p * by : by;
       for (int64_t k = from; k < to; ++k) {
         const double change = (gradient(k) - mean) * slope * (kl ? weights[k] : 1);
         dx[position(k)] = (V)(sign * change);
@@ -76,8 +78,8 @@ struct Backward : Gradient<V> {
     return of_strength;
   }
 
-  // All of that for items from to `to`, whole blocks, but the derivative in e. Which block an item has is counted, not asked,
-  // as in `each_item`.
+  // All of that for items from to `to`, whole blocks, but the derivative in e. Which block an item has is counted, not
+  // asked, as in the forward's `each_item`.
   struct Numbers {
     double p, sum, w;
   };
@@ -89,7 +91,7 @@ struct Backward : Gradient<V> {
       Numbers& block = blocks[own += started(order[k])];
       block.p += kl ? weights[k] : 1;
       block.sum += kl && !sort ? weights[k] * gradients[k] : gradients[k];
-      if (kl && !sort) block.w += (double)(this->m - begin - k);
+      if (kl && !sort) block.w += rank(k);
     }
     for (Numbers* block = blocks; block < last; ++block) block->sum /= block->p, block->w *= by / block->p;
     for (int64_t k = from, own = -1; k < to; ++k) {
@@ -106,13 +108,13 @@ struct Backward : Gradient<V> {
     double of_strength = 0;
   };
 
-  // work(from, to, first): items of every block that has some among these; `first` is the block's.
+  // work(from, to): items of every block; those from `from` to `end` are whole blocks.
   template <class Work>
-  void each_block(int64_t from, int64_t end, int64_t first, const Work& work) const {
+  void each_block(int64_t from, int64_t end, const Work& work) const {
     while (from < end) {
       int64_t to = from + 1;
       while (to < end && !starts(to)) ++to;
-      work(from, to, starts(from) ? from : first);
+      work(from, to);
       from = to;
     }
   }
@@ -151,13 +153,15 @@ struct Backward : Gradient<V> {
         }
         this->loops.exp2(weights + first, weights + first, end - first);
       }
-      if (pieces == 1 && !this->by_strength && 8 * this->loops.negative(order, count) > count)
-        return write_short(0, count, (Numbers*)this->numbers);
-      each_block(first, end, own.first, [&](int64_t from, int64_t to, int64_t start) {
-        const Sums all = sums(from, to);
-        if (start < from) own.head = all;
-        else if (to == count || starts(to)) own.of_strength += write(from, to, start, to, all);
-        else own.tail = all;
+      const int64_t whole = std::max(first, own.end < 0 ? end : own.end);
+      const int64_t stop = own.last < 0 || end == count || starts(end) ? end : own.last;
+      if (first < whole) own.head = sums(first, whole);
+      if (stop < end) own.tail = sums(stop, end);
+      if (whole >= stop) return;
+      if (!this->by_strength && 8 * this->loops.negative(order + whole, stop - whole) > stop - whole)
+        return write_short(whole, stop, (Numbers*)(this->numbers + 3 * whole));
+      each_block(whole, stop, [&](int64_t from, int64_t to) {
+        own.of_strength += write(from, to, from, to, sums(from, to));
       });
     });
     for (int64_t i = pieces - 1, stop = count; i >= 0; --i) {
@@ -189,6 +193,25 @@ struct Backward : Gradient<V> {
     return of_strength;
   }
 };
+
+// Of `order` the items that are not alone in their block, to `entries`, and which items of it these are, to `ranks`.
+int64_t together(const int32_t* order, int64_t count, int threads, int32_t* entries, int32_t* ranks) {
+  const Pieces cut(count);
+  int64_t found[65];
+  cut.each(threads, [&](int64_t i, int64_t first, int64_t end) {
+    int64_t next = first;
+    const auto add = [&](int64_t k, int64_t alone) { entries[next] = order[k], ranks[next] = (int32_t)k, next += !alone; };
+    for (int64_t k = first; k < std::min(end, count - 1); ++k) add(k, started(order[k] & order[k + 1]));
+    if (end == count) add(count - 1, started(order[count - 1]));
+    found[i] = next - first;
+  });
+  int64_t all = found[0];
+  for (int64_t i = 1; i < cut.pieces(); all += found[i++]) {
+    std::memmove(entries + all, entries + cut.first(i), found[i] * sizeof(int32_t));
+    std::memmove(ranks + all, ranks + cut.first(i), found[i] * sizeof(int32_t));
+  }
+  return all;
+}
 
 // The l2 gradient of a row of one block, in whatever order: by (g - mean g), or that mean where `by` is 0.
 template <class V>
@@ -236,16 +259,24 @@ void backward_row(const Call<V>& call, int64_t row, const void* x, const int32_t
     const int64_t blocks = call.loops.negative(order + begin, end - begin);
     if (e == 0 || blocks == end - begin) begin = end = m;   // each item is a block
     hard(0, begin), hard(end, m);
+    int64_t count = end - begin;
+    const int32_t *entries = order + begin, *ranks = nullptr;
+    if (!sort && 2 * blocks > count && count > 0) {   // ranks of items alone in their block do not move
+      int32_t* const some = scratch.together.room<int32_t>(2 * count);
+      std::fill(out, out + n, V(0));
+      count = together(entries, count, threads, some, some + count);
+      entries = some, ranks = some + end - begin;
+    }
     const bool by_values = kl || (dstrength && !sort);
     const double sign = call.rising() ? -1 : 1;
-    double* const falling = by_values ? scratch.falling.room<double>(n) : nullptr;
-    double* const weights = kl ? scratch.weights.room<double>(n) : nullptr;
-    const Gradient<V> gradient = {m, begin, end - begin, order + begin, values, falling, weights, scratch.terms.room<double>(n),
-                                  scratch.blocks.room<double>(3 * n), incoming, out, e, sign,
-                                  dstrength != nullptr, threads, call.loops};
+    double* const falling = by_values ? scratch.falling.room<double>(count) : nullptr;
+    double* const weights = kl ? scratch.weights.room<double>(count) : nullptr;
+    const Gradient<V> gradient = {m, begin, count, entries, ranks, values, falling, weights,
+                                  scratch.terms.room<double>(count), scratch.blocks.room<double>(3 * count), incoming,
+                                  out, e, sign, dstrength != nullptr, threads, call.loops};
     if (!kl && !dstrength && blocks == 1 && end - begin == n)
       only_block(call.loops, incoming, out, n, sort ? 0 : sign * std::min(1 / e, std::numeric_limits<double>::max()), threads);
-    else if (end > begin)
+    else if (count > 0)
       of_strength = sort ? (kl ? Backward<V, true, true>{gradient}.run() : Backward<V, true, false>{gradient}.run())
                          : (kl ? Backward<V, false, true>{gradient}.run() : Backward<V, false, false>{gradient}.run());
   }

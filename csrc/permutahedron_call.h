@@ -34,11 +34,11 @@ constexpr int64_t kWorthThreads = 4096, kLongRow = int64_t(1) << 16;   // items 
 // Memory of one thread's rows, kept from call to call unless it is large.
 struct Scratch {
   SortScratch sort;
-  Buffer falling, terms, blocks, numbers, values, gradients, weights, out;
+  Buffer falling, terms, blocks, numbers, values, gradients, weights, together, out;
 
   void shrink() {
     Buffer* const all[] = {&sort.pairs, &sort.counts, &sort.positions, &sort.values, &falling, &terms,
-                           &blocks,     &numbers,     &values,         &gradients,   &weights, &out};
+                           &blocks,     &numbers,     &values,         &gradients,   &weights, &together, &out};
     size_t bytes = 0;
     for (const Buffer* one : all) bytes += one->bytes();
     for (Buffer* one : all)
