@@ -21,15 +21,34 @@ double unit_of(const Falling& f) {
   return most > 0x1p800 ? 0x1p-220 : 1;
 }
 
-// write(k, at(of(block), k)) for every item k. Which block an item has is counted, not asked: where blocks are short, branches
-// on their ends cannot be foretold.
-template <class Pool, class Of, class At, class Write>
-void each_item(const Falling& f, const Pool& pooling, Scratch& scratch, const Of& of, const At& at, const Write& write) {
-  using Numbers = decltype(of(typename Pool::Block()));
-  Numbers* const all = scratch.numbers.room<Numbers>(f.count);
+// write(k, y) for every item k: y is alone(k) of items that are blocks by themselves, at(of(block), k) of others. Where
+// blocks are many and short, which one an item has is counted, not asked: branches on their ends cannot be foretold.
+template <class Pool, class Alone, class Of, class At, class Write>
+void each_item(const Falling& f, const Pool& pooling, Scratch& scratch, const Alone& alone, const Of& of, const At& at,
+               const Write& write) {
+  using Block = typename Pool::Block;
+  using Numbers = decltype(of(Block()));
+  const auto start_all = [&](int64_t first, int64_t end) {
+    for (int64_t k = first; k < end; ++k) f.order[k] |= kStarts;
+  };
+  const auto write_alone = [&](int64_t first, int64_t end) {
+    start_all(first, end);
+    for (int64_t k = first; k < end; ++k) write(k, alone(k));
+  };
+  const bool few = 16 * pooling.large() < f.count;
+  Numbers* const all = few ? nullptr : scratch.numbers.template room<Numbers>(f.count);
   Pieces(f.count).each(f.threads, [&](int64_t, int64_t first, int64_t end) {
+    if (few)
+      return pooling.each(first, end, write_alone, [&](const Block& block, int64_t from, int64_t to) {
+        if (from == block.first) f.order[from] |= kStarts;
+        const Numbers own = of(block);
+        for (int64_t k = from; k < to; ++k) write(k, at(own, k));
+      });
     Numbers* next = all + first;
-    pooling.each(first, end, [&](const typename Pool::Block& block, int64_t from, int64_t) {
+    pooling.each(first, end, [&](int64_t from, int64_t to) {
+      start_all(from, to);
+      for (int64_t k = from; k < to; ++k) *next++ = of(pooling.rule().one(k));
+    }, [&](const Block& block, int64_t from, int64_t) {
       if (from == block.first) f.order[from] |= kStarts;
       *next++ = of(block);
     });
@@ -46,7 +65,7 @@ template <bool sort, class Write>
 void euclidean(const Falling& f, Scratch& scratch, const Write& write) {
   using Rule = Euclidean<sort>;
   using Block = typename Rule::Block;
-  Block* const slots = scratch.blocks.room<Block>(f.count);
+  Block* const slots = scratch.blocks.room<Block>(f.count + 1);
   const Pooling<Rule> pooling({f.values, f.e}, f.count, f.threads, slots);
   const double by = std::min(1 / f.e, std::numeric_limits<double>::max()), back = 1 / f.unit;
   const double ranks = (double)(f.m - f.begin);
@@ -69,7 +88,8 @@ void euclidean(const Falling& f, Scratch& scratch, const Write& write) {
       });
       return;
     }
-  each_item(f, pooling, scratch, of, [&](const Numbers& b, int64_t k) {
+  const auto alone = [=](int64_t k) { return sort ? f.values[k] * back : ranks - (double)k; };
+  each_item(f, pooling, scratch, alone, of, [&](const Numbers& b, int64_t k) {
     if (sort) return (b.value + ((b.centre - (double)k) * by - b.below)) * back;
     const double y = (ranks - b.centre) + ((f.values[k] - b.value) + b.below) * by;
     return std::min(b.most, std::max(b.least, y));
@@ -82,7 +102,7 @@ void entropic_rank(const Falling& f, Scratch& scratch, const Write& write) {
   using Block = typename Rule::Block;
   double* const e = scratch.terms.room<double>((wide ? 2 : 1) * f.count);
   double* const q = wide ? e + f.count : nullptr;
-  Block* const slots = scratch.blocks.room<Block>(f.count);
+  Block* const slots = scratch.blocks.room<Block>(f.count + 1);
   const double by = kLog2e / f.e;
   Pieces(f.count).each(f.threads, [&](int64_t, int64_t first, int64_t end) {
     if (wide) return f.loops.exp2_wide(f.values + first, by, e + first, q + first, end - first);
@@ -93,7 +113,9 @@ void entropic_rank(const Falling& f, Scratch& scratch, const Write& write) {
   struct Numbers {
     double by, q;
   };
-  each_item(f, pooling, scratch, [](const Block& block) { return Numbers{block.below / block.above, block.above_q}; },
+  const double ranks = (double)(f.m - f.begin);
+  each_item(f, pooling, scratch, [=](int64_t k) { return ranks - (double)k; },
+            [](const Block& block) { return Numbers{block.below / block.above, block.above_q}; },
             [=](const Numbers& b, int64_t k) { return (wide ? scaled(e[k], q[k] - b.q) : e[k]) * b.by; }, write);
 }
 
@@ -103,7 +125,7 @@ void entropic_sort(const Falling& f, Scratch& scratch, const Write& write) {
   using Block = typename Rule::Block;
   double *const w = scratch.terms.room<double>(4 * f.count), *const wq = w + f.count, *const s = wq + f.count,
                *const sq = s + f.count;
-  Block* const slots = scratch.blocks.room<Block>(f.count);
+  Block* const slots = scratch.blocks.room<Block>(f.count + 1);
   const Pieces pieces(f.count);
   const double back = 1 / f.unit;
   pieces.each(f.threads, [&](int64_t, int64_t first, int64_t end) {
@@ -113,10 +135,11 @@ void entropic_sort(const Falling& f, Scratch& scratch, const Write& write) {
   });
   const Pooling<Rule> pooling({w, wq, s, sq, 0}, f.count, f.threads, slots);
   pieces.each(f.threads, [&](int64_t, int64_t first, int64_t end) {
-    pooling.each(first, end, [&](const Block& block, int64_t from, int64_t to) {
+    pooling.each(first, end, [&](int64_t from, int64_t to) {
+      for (int64_t k = from; k < to; ++k) f.order[k] |= kStarts, write(k, f.values[k] * back);
+    }, [&](const Block& block, int64_t from, int64_t to) {
       const int64_t start = block.first;
       if (from == start) f.order[from] |= kStarts;
-      if (block.count == 1) return write(from, f.values[from] * back);
       const double rest = std::log(block.below / s[start]) - std::log(block.above / w[start]);
       const double top = f.values[start] + rest * f.unit;
       for (int64_t k = from; k < to; ++k) write(k, (top - (double)(k - start) / f.e) * back);
