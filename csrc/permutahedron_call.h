@@ -55,7 +55,11 @@ struct Call {
 
   bool half() const { return p.dtype == FL_BF16 || p.dtype == FL_F16; }
   bool rising() const { return sort != (p.descending != 0); }   // s is made of -x
-  double strength(int64_t row) const { return p.strengths ? p.strengths[row] : p.strength; }
+  // Strengths by which ordinary numbers divided overflow give the hard answer.
+  double strength(int64_t row) const {
+    const double e = p.strengths ? p.strengths[row] : p.strength;
+    return e > 0 && e < 1e-300 ? 0 : e;
+  }
   size_t item_size() const { return half() ? 2 : sizeof(V); }
 
   const V* values(const void* from, int64_t first, int64_t count, Buffer& memory) const {
