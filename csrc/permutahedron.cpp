@@ -74,7 +74,8 @@ void euclidean(const Falling& f, Scratch& scratch, const Write& write) {
   };
   const auto of = [&](const Block& block) {
     const double first = (double)block.first, most = ranks - first;
-    return Numbers{block.value, block.below / block.count, first + (block.count - 1) * 0.5, most - (block.count - 1), most};
+    const double centre = first + (block.count - 1) * 0.5;
+    return Numbers{block.value, block.below / block.count, centre, most - (block.count - 1), most};
   };
   if constexpr (!sort)
     if (const Block* const block = write.whole ? pooling.only(f.count) : nullptr) {   // no matter what order

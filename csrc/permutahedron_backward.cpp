@@ -54,7 +54,7 @@ struct Backward : Gradient<V> {
 
   // Of items from to `to` of the block of items first to end. Returns their part of the derivative in e.
   double write(int64_t from, int64_t to, int64_t first, int64_t end, const Sums& all) const {
-    const double size = (double)(end - first), by = std::min(1 / e, std::numeric_limits<double>::max());
+    const double size = (double)(end - first), by = 1 / e;
     double of_strength = 0;
     if constexpr (sort) {
       const double mean = kl ? all.g / all.p : all.g / size;
@@ -84,7 +84,7 @@ struct Backward : Gradient<V> {
     double p, sum, w;
   };
   void write_short(int64_t from, int64_t to, Numbers* blocks) const {
-    const double by = std::min(1 / e, std::numeric_limits<double>::max());
+    const double by = 1 / e;
     Numbers* const last = blocks + this->loops.negative(order + from, to - from);
     std::fill(blocks, last, Numbers{0, 0, 0});
     for (int64_t k = from, own = -1; k < to; ++k) {
@@ -143,12 +143,13 @@ struct Backward : Gradient<V> {
         for (int64_t k = first; k < end; ++k) gradients[k] = (double)g[sort ? begin + k : position(k)];
         for (int64_t k = first; k < end && falling; ++k) falling[k] = value(k);
       } else {
-        const double by = kLog2e * (sort ? 1 : std::min(1 / e, std::numeric_limits<double>::max()));
+        const double by = kLog2e * (sort ? 1 : 1 / e);
         double top = value(own.first);
         for (int64_t k = first; k < end; ++k) {
           const double own = value(k);
           top = starts(k) ? own : top;
-          falling[k] = own, weights[k] = (own - top) * by;
+          weights[k] = (own - top) * by;
+          if (falling) falling[k] = own;
           gradients[k] = (double)g[sort ? begin + k : position(k)];
         }
         this->loops.exp2(weights + first, weights + first, end - first);
@@ -197,10 +198,12 @@ struct Backward : Gradient<V> {
 // Of `order` the items that are not alone in their block, to `entries`, and which items of it these are, to `ranks`.
 int64_t together(const int32_t* order, int64_t count, int threads, int32_t* entries, int32_t* ranks) {
   const Pieces cut(count);
-  int64_t found[65];
+  int64_t found[65] = {};
   cut.each(threads, [&](int64_t i, int64_t first, int64_t end) {
     int64_t next = first;
-    const auto add = [&](int64_t k, int64_t alone) { entries[next] = order[k], ranks[next] = (int32_t)k, next += !alone; };
+    const auto add = [&](int64_t k, int64_t alone) {   // no branch
+      entries[next] = order[k], ranks[next] = (int32_t)k, next += !alone;
+    };
     for (int64_t k = first; k < std::min(end, count - 1); ++k) add(k, started(order[k] & order[k + 1]));
     if (end == count) add(count - 1, started(order[count - 1]));
     found[i] = next - first;
@@ -267,15 +270,14 @@ void backward_row(const Call<V>& call, int64_t row, const void* x, const int32_t
       count = together(entries, count, threads, some, some + count);
       entries = some, ranks = some + end - begin;
     }
-    const bool by_values = kl || (dstrength && !sort);
     const double sign = call.rising() ? -1 : 1;
-    double* const falling = by_values ? scratch.falling.room<double>(count) : nullptr;
+    double* const falling = dstrength && !sort ? scratch.falling.room<double>(count) : nullptr;
     double* const weights = kl ? scratch.weights.room<double>(count) : nullptr;
     const Gradient<V> gradient = {m, begin, count, entries, ranks, values, falling, weights,
                                   scratch.terms.room<double>(count), scratch.blocks.room<double>(3 * count), incoming,
                                   out, e, sign, dstrength != nullptr, threads, call.loops};
     if (!kl && !dstrength && blocks == 1 && end - begin == n)
-      only_block(call.loops, incoming, out, n, sort ? 0 : sign * std::min(1 / e, std::numeric_limits<double>::max()), threads);
+      only_block(call.loops, incoming, out, n, sort ? 0 : sign / e, threads);
     else if (count > 0)
       of_strength = sort ? (kl ? Backward<V, true, true>{gradient}.run() : Backward<V, true, false>{gradient}.run())
                          : (kl ? Backward<V, false, true>{gradient}.run() : Backward<V, false, false>{gradient}.run());

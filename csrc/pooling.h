@@ -62,7 +62,8 @@ inline double scaled(double x, double q) {
   return q == -1 ? x * 0x1p-256 : q == -2 ? x * 0x1p-512 : q == -3 ? x * 0x1p-768 : 0;   // q < 0
 }
 
-// log(above sum / below sum) of a block is to fall: above and below are exp(s) and w of a rank, exp(w) and exp(s) of a sort.
+// log(above sum / below sum) of a block is to fall: above and below are exp(s) and w of a rank, exp(w) and exp(s) of a
+// sort.
 template <bool sort, bool wide>
 struct Entropic {
   struct Block {
@@ -97,7 +98,9 @@ class Pooling {
   Pooling(const Rule& rule, int64_t count, int threads, Block* slots) : rule_(rule) {
     const Pieces pieces(count);
     runs_.resize(pieces.pieces());   // 64 at most
-    pieces.each(threads, [&](int64_t piece, int64_t first, int64_t end) { runs_[piece] = pool(rule, first, end, slots); });
+    pieces.each(threads, [&](int64_t piece, int64_t first, int64_t end) {
+      runs_[piece] = pool(rule, first, end, slots);
+    });
     for (int64_t piece = 1; piece < (int64_t)runs_.size(); ++piece) join(piece);
   }
 
@@ -115,14 +118,16 @@ class Pooling {
     return all;
   }
 
-  // Of items first to end, in order: alone(from, to) of those that are blocks by themselves, work(block, from, to) of others.
+  // Of items first to end, in order: alone(from, to) of those that are blocks by themselves, work(block, from, to) of
+  // others.
   template <class Alone, class Work>
   void each(int64_t first, int64_t end, const Alone& alone, const Work& work) const {
     for (const Run& run : runs_) {
       const int64_t stop = std::min(end, run.to);
       int64_t k = std::max(first, run.from);
       if (k >= stop) continue;
-      const Block* block = std::upper_bound(run.first, run.end, k, [](int64_t k, const Block& b) { return k < b.first; });
+      const Block* block =
+          std::upper_bound(run.first, run.end, k, [](int64_t k, const Block& b) { return k < b.first; });
       if (block > run.first && after(block[-1]) > k) --block;
       while (k < stop) {
         const int64_t start = block < run.end ? std::min(stop, block->first) : stop;
