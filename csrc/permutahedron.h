@@ -10,8 +10,10 @@
 //   rank l2   y_i = mean_B(w) + (s_i - mean_B(s))          rank kl   y_i = softmax_B(s)_i sum_B(w)
 //   sort l2   y_i = w_i - mean_B(w) + mean_B(s)            sort kl   y_i = w_i - LSE_B(w) + LSE_B(s)
 // e = 0 is the hard answer: equal items share their mean rank and give no gradient; the hard sort.
-// Infinite items stand at their end and are no part of any other block: their rank is hard (equal ones share their mean), its gradient 0; the soft sort
-// returns them where they stand, and the finite items are sorted among themselves. A NaN makes its row NaN.
+// So are strengths below 1e-300, by which ordinary numbers divided overflow.
+// Infinite items stand at their end and are no part of any other block: their rank is hard (equal ones share their mean),
+// its gradient 0; the soft sort returns them where they stand, and the finite items are sorted among themselves. A NaN
+// makes its row NaN.
 #pragma once
 #include "fusedloss.h"
 #include "lists.h"

@@ -115,8 +115,8 @@ void weighted_row(const double* weights, const double* gradients, int64_t count,
 }  // namespace
 
 extern const PermutahedronLoops permutahedron_loops;
-const PermutahedronLoops permutahedron_loops = {widen_row, narrow_row, exp2_row, exp2_wide_row,
-                                                   gaps_row,  negative_row, sum_row<double>, sum_row<float>, weighted_row};
+const PermutahedronLoops permutahedron_loops = {widen_row,    narrow_row,      exp2_row,       exp2_wide_row, gaps_row,
+                                                negative_row, sum_row<double>, sum_row<float>, weighted_row};
 
 }  // namespace FL_ISA
 }  // namespace fl

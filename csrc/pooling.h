@@ -62,7 +62,8 @@ inline double scaled(double x, double q) {
   return q == -1 ? x * 0x1p-256 : q == -2 ? x * 0x1p-512 : q == -3 ? x * 0x1p-768 : 0;   // q < 0
 }
 
-// log(above sum / below sum) of a block is to fall: above and below are exp(s) and w of a rank, exp(w) and exp(s) of a sort.
+// log(above sum / below sum) of a block is to fall: above and below are exp(s) and w of a rank, exp(w) and exp(s) of a
+// sort.
 template <bool sort, bool wide>
 struct Entropic {
   struct Block {
@@ -87,92 +88,130 @@ struct Entropic {
   }
 };
 
+// Blocks of several items are kept in slots; an item that no block there has is one by itself.
 template <class Rule>
 class Pooling {
  public:
   using Block = typename Rule::Block;
 
-  // Blocks of items 0 to count; `slots` has room for as many blocks.
-  Pooling(const Rule& rule, int64_t count, int threads, Block* slots) : slots_(slots) {
+  // Blocks of items 0 to count; `slots` has room for one more than these.
+  Pooling(const Rule& rule, int64_t count, int threads, Block* slots) : rule_(rule) {
     const Pieces pieces(count);
     runs_.resize(pieces.pieces());   // 64 at most
     pieces.each(threads, [&](int64_t piece, int64_t first, int64_t end) {
-      runs_[piece] = {first, pool(rule, first, end, slots)};
+      runs_[piece] = pool(rule, first, end, slots);
     });
-    for (int64_t piece = 1; piece < (int64_t)runs_.size(); ++piece) join(rule, piece);
+    for (int64_t piece = 1; piece < (int64_t)runs_.size(); ++piece) join(piece);
   }
 
   // The one block of all items; null where there are several.
   const Block* only(int64_t count) const {
     const Run& last = runs_.back();
-    const Block* const block = slots_ + last.end - 1;
+    const Block* const block = last.end - 1;
     return last.first < last.end && (int64_t)block->count == count ? block : nullptr;
   }
 
-  // work(block, from, to): every block that has items among first to end, and which these are.
-  template <class Work>
-  void each(int64_t first, int64_t end, const Work& work) const {
-    size_t run = runs_.size() - 1;
-    while (runs_[run].first == runs_[run].end || slots_[runs_[run].first].first > first) --run;
-    const Block* block = std::upper_bound(slots_ + runs_[run].first, slots_ + runs_[run].end, first,
-                                          [](int64_t k, const Block& b) { return k < b.first; }) - 1;
-    while (first < end) {
-      const int64_t to = std::min(end, block->first + (int64_t)block->count);
-      work(*block, first, to);
-      first = to;
-      if (first < end && ++block == slots_ + runs_[run].end) {
-        do ++run;
-        while (runs_[run].first == runs_[run].end);
-        block = slots_ + runs_[run].first;
+  const Rule& rule() const { return rule_; }
+  int64_t large() const {   // blocks of several items
+    int64_t all = 0;
+    for (const Run& run : runs_) all += run.end - run.first;
+    return all;
+  }
+
+  // Of items first to end, in order: alone(from, to) of those that are blocks by themselves, work(block, from, to) of
+  // others.
+  template <class Alone, class Work>
+  void each(int64_t first, int64_t end, const Alone& alone, const Work& work) const {
+    for (const Run& run : runs_) {
+      const int64_t stop = std::min(end, run.to);
+      int64_t k = std::max(first, run.from);
+      if (k >= stop) continue;
+      const Block* block =
+          std::upper_bound(run.first, run.end, k, [](int64_t k, const Block& b) { return k < b.first; });
+      if (block > run.first && after(block[-1]) > k) --block;
+      while (k < stop) {
+        const int64_t start = block < run.end ? std::min(stop, block->first) : stop;
+        if (k < start) alone(k, start);
+        k = std::max(k, start);
+        if (k == stop) break;
+        const int64_t to = std::min(stop, after(*block));
+        work(*block++, k, to);
+        k = to;
       }
     }
   }
 
  private:
   struct Run {
-    int64_t first, end;   // slots of blocks
+    int64_t from, to;     // items
+    Block *first, *end;   // slots
   };
 
-  static int64_t pool(const Rule& rule, int64_t first, int64_t end, Block* slots) {
-    Block *const bottom = slots + first, *below = bottom;   // those below `top`
+  static int64_t after(const Block& block) { return block.first + (int64_t)block.count; }
+  static Block front(const Rule& rule, const Run& run) {
+    return run.first < run.end && run.first->first == run.from ? *run.first : rule.one(run.from);
+  }
+  static Block last(const Rule& rule, const Run& run) {
+    return run.first < run.end && after(run.end[-1]) == run.to ? run.end[-1] : rule.one(run.to - 1);
+  }
+  static void drop_front(Run& run, const Block& block) { run.from = after(block), run.first += block.count > 1; }
+  static void drop_last(Run& run, const Block& block) { run.to = block.first, run.end -= block.count > 1; }
+
+  static Run pool(const Rule& rule, int64_t first, int64_t end, Block* slots) {
+    Block* const bottom = slots + first + 1;   // one is left for `join`
+    Run below = {first, first, bottom, bottom};
     Block top = rule.one(first);
+    const auto push = [&] { *below.end = top, below.end += top.count > 1; };
     for (int64_t k = first + 1; k < end; ++k) {
       const Block next = rule.one(k);
       if (!rule.violates(top, next)) {
-        *below++ = top, top = next;
+        push();
+        top = next;
         continue;
       }
       top = rule.pooled(top, next);
-      while (below > bottom && rule.violates(below[-1], top)) top = rule.pooled(*--below, top);
+      for (below.to = top.first; below.from < below.to;) {
+        const Block before = last(rule, below);
+        if (!rule.violates(before, top)) break;
+        top = rule.pooled(before, top);
+        drop_last(below, before);
+      }
     }
-    *below++ = top;
-    return below - slots;
+    push();
+    below.to = end;
+    return below;
   }
 
   // Blocks of one piece are pooled with those before it until one of them stands as it was: so do then all after it.
-  void join(const Rule& rule, int64_t piece) {
+  void join(int64_t piece) {
     Run& own = runs_[piece];
-    for (int64_t next = own.first; next < own.end; ++next) {   // own.first: next, or the one before, which changed
-      Block& block = slots_[next];
-      bool changed = false;
-      for (int64_t from = piece; from >= 0;) {
+    Block block = front(rule_, own);
+    bool changed = false;
+    for (;;) {
+      for (int64_t from = piece - 1; from >= 0;) {
         Run& run = runs_[from];
-        const int64_t end = from == piece ? next : run.end;
-        if (run.first == end) {
+        if (run.from == run.to) {
           --from;
           continue;
         }
-        if (!rule.violates(slots_[end - 1], block)) break;
-        block = rule.pooled(slots_[end - 1], block), changed = true;
-        if (from == piece) run.first = next;
-        else --run.end;
+        const Block before = last(rule_, run);
+        if (!rule_.violates(before, block)) break;
+        if (!changed) drop_front(own, block);
+        block = rule_.pooled(before, block), changed = true;
+        drop_last(run, before);
       }
       if (!changed) return;
-      own.first = next;
+      if (own.from == own.to) break;
+      const Block next = front(rule_, own);
+      if (!rule_.violates(block, next)) break;
+      block = rule_.pooled(block, next);
+      drop_front(own, next);
     }
+    own.from = block.first;
+    *--own.first = block;
   }
 
-  Block* slots_;
+  Rule rule_;
   std::vector<Run> runs_;
 };
 

@@ -24,7 +24,7 @@ const SortLoops<T>& pick(const SortLoops<float>& single, const SortLoops<double>
 template <class T>
 const SortLoops<T>& loops() {
 #if defined(FL_X86)
-  static const int isa = std::strcmp(fl_isa(), "avx512") == 0 ? 2 : std::strcmp(fl_isa(), "avx2") == 0;
+  const int isa = std::strcmp(fl_isa(), "avx512") == 0 ? 2 : std::strcmp(fl_isa(), "avx2") == 0;
   if (isa == 2) return pick<T>(avx512::sort_float, avx512::sort_double);
   if (isa == 1) return pick<T>(avx2::sort_float, avx2::sort_double);
 #endif
@@ -120,7 +120,9 @@ int64_t sort_row(const T* values, const uint8_t* mask, int64_t n, bool rising, i
   if (n <= kFew) return loops<T>().sort_few(values, rising, (int32_t)n, order, sorted), n;
   Pair* const pairs = scratch.pairs.room<Pair>(2 * n);
   const int pieces = n >= kForThreads ? threads : 1;
-  each_piece(n, pieces, [=](int, int64_t first, int64_t end) { loops<T>().pairs_of(values, rising, first, end, pairs); });
+  each_piece(n, pieces, [=](int, int64_t first, int64_t end) {
+    loops<T>().pairs_of(values, rising, first, end, pairs);
+  });
   const void* const done = n < kMany ? sort_pairs<T, 8>(pairs, pairs + n, n, pieces, scratch.counts)
                                      : sort_pairs<T, 11>(pairs, pairs + n, n, pieces, scratch.counts);
   each_piece(n, pieces, [=](int, int64_t first, int64_t end) { loops<T>().of_pairs(done, first, end, order, sorted); });

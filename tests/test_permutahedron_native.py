@@ -196,25 +196,22 @@ def dense_gradient(x, e, kind, order, g):
 @pytest.mark.parametrize("e", [0.0, 1e-30, 1e-3, 0.3, 1.0, 30.0, 1e6])
 def test_values(kind, e):
     torch.manual_seed(0)
-    for n in (1, 2, 3, 7, 64, 255, 256, 257, 400):
-        x = torch.randn(2, n, dtype=F64)
-        for dtype in (F64, F32, BF16, F16):
-            given = x.to(dtype)
-            engine = Engine(given, e, kind)
-            wanted = true_rows(given, e, kind)
-            got = engine.forward()
-            if dtype == F16 and kind[0] == "sort":
-                wanted = wanted.to(F16).double()  # which ends at 65504
-            close(got, wanted)
+    sizes = {F64: (1, 2, 3, 64, 256), F32: (7, 257), BF16: (40,), F16: (41,)}
+    for dtype, n in ((dtype, n) for dtype in sizes for n in sizes[dtype]):
+        x = torch.randn(2 if n < 100 else 1, n, dtype=F64).to(dtype)
+        wanted = true_rows(x, e, kind)
+        if dtype == F16 and kind[0] == "sort":
+            wanted = wanted.to(F16).double()  # which ends at 65504
+        close(Engine(x, e, kind).forward(), wanted)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("n", [1, 2, 30, 256, 257])
+@pytest.mark.parametrize("n", [1, 2, 30, 257])
 def test_finite_differences(kind, n):
     """In fp64, along random directions, in x and in the strength."""
     torch.manual_seed(n)
-    x, d = torch.randn(3, n, dtype=F64), torch.randn(3, n, dtype=F64)
-    g, h = torch.randn(3, n, dtype=F64), 1e-8  # within one piece, or so
+    rows, h = 2 if n < 100 else 1, 1e-8  # within one piece, or so
+    x, d, g = (torch.randn(rows, n, dtype=F64) for _ in range(3))
     for e in (0.02, 1.0, 7.0):
         if kind[0] == "sort":
             e = 20 * e
@@ -232,7 +229,7 @@ def test_finite_differences(kind, n):
 @pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=str)
 def test_gradients(kind, dtype):
     torch.manual_seed(1)
-    for n, e in product((1, 5, 256, 257, 4095, 4096), (1e-3, 0.1, 1.0, 1e3)):
+    for n, e in product((1, 5, 256, 257, 4096), (1e-3, 0.1, 1e3)):
         x = torch.randn(1, n).to(dtype)
         engine = Engine(x, e, kind)
         engine.forward()
@@ -280,9 +277,9 @@ def test_mask_offsets_and_strengths(kind):
 def test_ties(kind):
     """Equal items, +0 and -0 among them, in many blocks or one: the first of them comes first, and they share."""
     torch.manual_seed(3)
-    for n, dtype in product((9, 200, 300, 5000), (F64, F32, F16)):
+    for n, dtype in ((9, F64), (9, F16), (200, F32), (300, F64), (5000, F32)):
         x = torch.randint(-2, 3, (1, n)).to(dtype) * torch.tensor([1.0, -1.0]).repeat(n)[:n].to(dtype)
-        for e in (0.0, 1e-30, 0.01, 1.0, 50.0):
+        for e in (0.0, 1e-30, 0.01, 1.0, 50.0) if n < 1000 else (0.01,):
             engine = Engine(x, e, kind)
             got = engine.forward()
             y, order, starts = truth((x[0].double() + 0.0).tolist(), e, kind)
@@ -295,11 +292,11 @@ def test_ties(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("n", [12, 700])
+@pytest.mark.parametrize("n", [12, 300])
 def test_infinities(kind, n):
     torch.manual_seed(4)
     inf = math.inf
-    for e in (0.0, 1e-3, 1.0, 40.0):
+    for e in (0.0, 1e-3, 1.0):
         x = torch.randn(6, n, dtype=F64)
         x[0, 3], x[1, :2], x[2, 5:7], x[3, 1], x[3, 8], x[4] = inf, -inf, inf, -inf, inf, inf
         x[5, ::2], x[5, 1::2] = inf, -inf
@@ -379,7 +376,8 @@ def threads():
 def test_bits_do_not_depend_on_threads(kind, threads):
     """Threads over rows, and over the pieces of one row, whose blocks reach over several pieces or lie within one."""
     torch.manual_seed(7)
-    for rows, n, dtype, es in ((50, 200, F32, (1.0,)), (1, 150_001, F32, (1e-6, 1e-4, 1.0)), (1, 70_000, F64, (1.0,))):
+    long = [(1, 150_001, F32, (1e-6, 1e-4, 1.0)), (1, 70_000, F64, (1.0,))]
+    for rows, n, dtype, es in ((50, 200, F32, (1.0,)), *([] if kind[2] else long)):
         for e in es:
             e = e if kind[0] == "rank" else 1e5 * e
             x = torch.randn(rows, n, dtype=dtype)
@@ -397,12 +395,12 @@ def test_bits_do_not_depend_on_threads(kind, threads):
                     close(found[0][2], dx, 8.0)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", [k for k in KINDS if not k[2]], ids=str)
 def test_pieces(kind):
     """A long row, cut into pieces, whose blocks are joined again: no block is left to pool, and none is too large."""
     torch.manual_seed(8)
-    x = torch.randn(1, 70_000, dtype=F64)
-    for e in (1e-5, 1.0):
+    x = torch.randn(1, 66_000, dtype=F64)
+    for e in (1e-5, 1.0) if kind[1] else (1e-5,):
         e = e if kind[0] == "rank" else 1e5 * e
         y, order, starts = truth(x[0].tolist(), e, kind)
         engine = Engine(x, e, kind)
@@ -412,23 +410,59 @@ def test_pieces(kind):
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if not k[2]], ids=str)
-def test_a_million(kind):
+def test_long_rows(kind):
     """fp32 against fp64: at most 4 units in the last place of the largest output. A peer is off by 127 in 10."""
     torch.manual_seed(9)
-    x = torch.randn(1, 1_000_000)
-    for e in (1.0, 1e-3):
+    for n, e in ((1_000_000 if kind == ("rank", True, False) else 100_000, 1.0), (100_000, 1e-3)):
+        x, g = torch.randn(1, n), torch.randn(1, n)
         single, double = Engine(x, e, kind), Engine(x.double(), e, kind)
         close(single.forward(), double.forward())
         assert torch.equal(single.order, double.order)
-        g = torch.randn(1, 1_000_000)
         close(single.backward(g)[0], double.backward(g.double())[0])
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_smallest_strengths(kind):
+    """Of strengths below 1e-300, which numbers divided by overflow, the answer is the hard one."""
+    torch.manual_seed(11)
+    for dtype, n in ((F64, 20), (F32, 300)):
+        x, g = torch.randn(1, n).to(dtype).repeat(1, 2), torch.randn(1, 2 * n).to(dtype)
+        hard = Engine(x, 0.0, kind)
+        wanted = hard.forward(), *hard.backward(g)
+        for e in (5e-324, 1e-310, 1e-301):
+            engine = Engine(x, e, kind)
+            found = engine.forward(), *engine.backward(g)
+            assert all(torch.equal(a, b) for a, b in zip(found, wanted))
+        close(Engine(x, 1e-299, kind).forward(), wanted[0].double())
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_instruction_sets(isa):
+    torch.manual_seed(12)
+    cases = []
+    for kind, (n, dtype, e) in product(KINDS, ((5, F64, 1.0), (70, F32, 0.01), (257, BF16, 0.1), (5000, F32, 1.0))):
+        x, g = torch.randn(1, n).to(dtype), torch.randn(1, n)
+        engine = Engine(x, e, kind)
+        cases.append((engine, engine.forward(), engine.order, g.to(dtype if engine.sort else wide(dtype)), e, kind))
+    try:
+        _native.set_isa(isa)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    try:
+        for engine, wanted, order, g, e, kind in cases:
+            close(engine.forward(), wanted.double())
+            assert torch.equal(engine.order & (STARTS - 1), order & (STARTS - 1))
+            dx, _ = engine.backward(g)
+            close(dx, dense_gradient(engine.x[0], e, kind, engine.order[0], g[0])[None], 8.0)
+    finally:
+        _native.set_isa(None)
 
 
 @pytest.mark.parametrize("n", [2049, 100_000])
 def test_half_precision_of_long_rows(n):
     """A peer's loop never ends at 2049 items of float16."""
     torch.manual_seed(10)
-    for dtype, kind in product((BF16, F16), KINDS):
+    for dtype, kind in zip((BF16, F16, F16, BF16), (k for k in KINDS if not k[2])):
         x = torch.randn(1, n).to(dtype)
         engine, double = Engine(x, 1.0, kind), Engine(x.double(), 1.0, kind)
         close(engine.forward(), double.forward(), 2.0)

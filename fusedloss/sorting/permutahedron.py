@@ -15,6 +15,7 @@ from torch import Tensor
 
 POSITION = 0x7FFFFFFF  # bits of an entry of `order`; the one above them says that a block starts
 F64 = torch.float64
+TINY = 1e-300  # strengths below it, by which ordinary numbers divided overflow, give the hard answer
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +58,7 @@ class Blocks:
         w = torch.where(self.counts, items[self.row] - (place - begin), 0.0)
 
         e = torch.as_tensor(p.strength, dtype=F64, device=x.device)
+        e = e.masked_fill((e > 0) & (e < TINY), 0.0)
         e = e[self.row] if e.dim() else e.expand(len(place))
         given = x.reshape(-1).to(F64)[self.at]
         self.ends = self.counts & given.isinf()  # where the sort returns what is given
@@ -165,7 +167,7 @@ def _starts(p: Projection, values: list[float], e: float) -> list[bool]:
     m = len(values)
     if any(v != v for v in values) or not e >= 0:
         return [True] * m
-    if e == 0:
+    if e < TINY:
         return [p.sort or k == 0 or values[k] != values[k - 1] for k in range(m)]
     starts = [True] * m
     finite = [k for k, v in enumerate(values) if abs(v) != torch.inf]
