@@ -34,9 +34,9 @@ def logits(own_x, own_p, other_x, other_p, RELAXATION: tl.constexpr):
 
 
 @triton.jit
-def prepare(t, tau, begin, lengths, counts, x, a, w, c, RELAXATION: tl.constexpr, BLOCK: tl.constexpr):
-    """x, the scores less a middle one, in fp64; NaN where the list is not finite. D / tau is w_i x_j - a_j - c_i of
-    NeuralSort: a is A less A_1, by its steps. A program has a list."""
+def sides(t, tau, begin, lengths, counts, x, a, w, c, RELAXATION: tl.constexpr, BLOCK: tl.constexpr):
+    """x, the scores less a middle one, in fp64. D / tau is w_i x_j - a_j - c_i of NeuralSort: a is A less A_1, by its
+    steps. Of a list that is not finite x, a and c are NaN. A program has a list."""
     row, lane = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     first, length, count = tl.load(begin + row), tl.load(lengths + row), tl.load(counts + row)
     t, x, a, w, c = t + first, x + first, a + first, w + first, c + first
@@ -55,7 +55,7 @@ def prepare(t, tau, begin, lengths, counts, x, a, w, c, RELAXATION: tl.constexpr
         if RELAXATION == NEURAL_SORT:
             previous = (tl.load(t + k - 1, mask=here & (k > 0), other=0.0).to(tl.float64) - middle) * scale
             step = tl.where(here & (k > 0), (previous - own) * (2 * k - count).to(tl.float64), 0.0)
-            sums, weight = carry + tl.cumsum(step, 0), (count - 1 - 2 * k).to(tl.float64)
+            sums, weight = own * 0.0 + (carry + tl.cumsum(step, 0)), (count - 1 - 2 * k).to(tl.float64)
             carry += tl.sum(step, 0)
             tl.store(a + k, sums, mask=here)
             tl.store(w + k, weight, mask=here)
@@ -99,7 +99,7 @@ def block_of(lists, firsts, begin, lengths, counts, own_x, own_p, other_x, other
 
 
 @triton.jit
-def sides_of(at, here, x, p, RELAXATION: tl.constexpr):
+def side_of(at, here, x, p, RELAXATION: tl.constexpr):
     found = tl.load(x + at, mask=here, other=0.0)
     return found, tl.load(p + at, mask=here, other=0.0) if RELAXATION == NEURAL_SORT else found
 
@@ -112,13 +112,13 @@ def weights(i, j, pair, d):
 
 
 @triton.jit
-def blank(value, x, live):
+def blank(value, p, live):
     """NaN where the list is not finite, 0 behind the ones that count."""
-    return tl.where(live, tl.where(x == x, value, float("nan")), 0.0)
+    return tl.where(live, tl.where(p == p, value, float("nan")), 0.0)
 
 
 @triton.jit
-def sums(values, out, rest, deviation, columns, lists, firsts, begin, lengths, counts, own_x, own_p, other_x, other_p,
+def banded_sums(values, out, rest, deviation, columns, lists, firsts, begin, lengths, counts, own_x, own_p, other_x, other_p,
          cutoff, TRANSPOSED: tl.constexpr, RELAXATION: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
          OTHERS: tl.constexpr):  # fmt: skip
     """Own are places: P v, rest and deviation of values v. TRANSPOSED, own are items: Pᵀ u of values u / (1 + rest).
@@ -127,54 +127,54 @@ def sums(values, out, rest, deviation, columns, lists, firsts, begin, lengths, c
         lists, firsts, begin, lengths, counts, own_x, own_p, other_x, other_p, cutoff, RELAXATION, BLOCK
     )
     live, own = i < count, start + i
-    x, p = sides_of(own, live, own_x, own_p, RELAXATION)
+    x, p = side_of(own, live, own_x, own_p, RELAXATION)
     column = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    wanted, own_at = column < columns, own[:, None] * columns + column[None, :]
-    peak = tl.load(values + own_at, mask=live[:, None] & wanted[None, :], other=0.0)
+    wanted, own_at = (column < columns)[:, None], own[None, :] * columns + column[:, None]
+    peak = tl.load(values + own_at, mask=live[None, :] & wanted, other=0.0)
     mass = tl.zeros([BLOCK, OTHERS], tl.float32)
-    total = tl.zeros([BLOCK, OTHERS, COLUMNS], tl.float32)
+    total = tl.zeros([COLUMNS, BLOCK, OTHERS], tl.float32)
     for first in range(low, high, OTHERS):
         j = first + tl.arange(0, OTHERS)
         here, other = j < high, start + j
-        other_of = sides_of(other, here, other_x, other_p, RELAXATION)
+        other_of = side_of(other, here, other_x, other_p, RELAXATION)
         d = logits(x[:, None], p[:, None], other_of[0][None, :], other_of[1][None, :], RELAXATION)
         e, _ = weights(i, j, live[:, None] & here[None, :], d)
-        at = other[:, None] * columns + column[None, :]
-        value = tl.load(values + at, mask=here[:, None] & wanted[None, :], other=0.0)[None, :, :]
+        at = other[None, :] * columns + column[:, None]
+        value = tl.load(values + at, mask=here[None, :] & wanted, other=0.0)[:, None, :]
         if TRANSPOSED:
-            total += e[:, :, None] * value
+            total += e[None, :, :] * value
         else:
-            total += e[:, :, None] * (value - peak[:, None, :])
+            total += e[None, :, :] * (value - peak[:, :, None])
             mass += e
-    found, stored = tl.sum(total.to(tl.float64), 1), (i < length)[:, None] & wanted[None, :]
+    found, stored = tl.sum(total.to(tl.float64), 2), (i < length)[None, :] & wanted
     if not TRANSPOSED:
         whole = tl.sum(mass.to(tl.float64), 1)
-        found = found / (1.0 + whole)[:, None]
-        tl.store(deviation + own_at, blank(found, x[:, None], live[:, None]).to(tl.float32), mask=stored)
+        found = found / (1.0 + whole)[None, :]
+        tl.store(deviation + own_at, blank(found, p[None, :], live[None, :]).to(tl.float32), mask=stored)
         if tl.program_id(1) == 0:
-            tl.store(rest + own, blank(whole, x, live).to(tl.float32), mask=i < length)
-    tl.store(out + own_at, blank(peak + found, x[:, None], live[:, None]).to(tl.float32), mask=stored)
+            tl.store(rest + own, blank(whole, p, live).to(tl.float32), mask=i < length)
+    tl.store(out + own_at, blank(peak + found, p[None, :], live[None, :]).to(tl.float32), mask=stored)
 
 
 @triton.jit
-def slopes(r, v, deviation, columns, tau, dt, total, moment, along, lists, firsts, begin, lengths, counts, own_x, own_p,
+def banded_slopes(r, v, deviation, columns, tau, dt, total, moment, along, lists, firsts, begin, lengths, counts, own_x, own_p,
            other_x, other_p, cutoff, PLACES: tl.constexpr, RELAXATION: tl.constexpr, BLOCK: tl.constexpr,
            OTHERS: tl.constexpr):  # fmt: skip
-    """With d_ij = e^D sum_c r_ic (v_jc - v_ic - deviation_ic) of places i and items j ≠ i: of own items the sums of d into
-    total, of d (j - i) or SoftSort's derivative into moment, of -d D / tau² into along. PLACES, own are SoftSort's
-    places: dt, of the items' moment and their own."""
+    """With d_ij = e^D sum_c r_ic (v_jc - v_ic - deviation_ic) of places i and items j ≠ i: of own items the sums of
+    -d D / tau² into along; of d and d (j - i) into NeuralSort's total and moment; of SoftSort's derivatives in t_j into
+    moment. PLACES, own are SoftSort's places: dt, of their items' moment and the derivatives in t_i."""
     row, start, length, count, i, low, high = block_of(
         lists, firsts, begin, lengths, counts, own_x, own_p, other_x, other_p, cutoff, RELAXATION, BLOCK
     )
     live, own = i < count, start + i
-    x, p = sides_of(own, live, own_x, own_p, RELAXATION)
+    x, p = side_of(own, live, own_x, own_p, RELAXATION)
     all_total = tl.zeros([BLOCK, OTHERS], tl.float32)
     all_moment = tl.zeros([BLOCK, OTHERS], tl.float32)
     all_along = tl.zeros([BLOCK, OTHERS], tl.float32)
     for first in range(low, high, OTHERS):
         j = first + tl.arange(0, OTHERS)
         here, other = j < high, start + j
-        other_of = sides_of(other, here, other_x, other_p, RELAXATION)
+        other_of = side_of(other, here, other_x, other_p, RELAXATION)
         d = logits(x[:, None], p[:, None], other_of[0][None, :], other_of[1][None, :], RELAXATION)
         slope, d = weights(i, j, live[:, None] & here[None, :], d)
         factor = tl.zeros([BLOCK, OTHERS], tl.float32)
@@ -197,8 +197,9 @@ def slopes(r, v, deviation, columns, tau, dt, total, moment, along, lists, first
             if RELAXATION == SOFT_SORT:
                 apart = tl.where(apart > 0, 1.0, tl.where(apart < 0, -1.0, 0.0))
         all_moment += slope * apart
-        if not PLACES:
+        if RELAXATION == NEURAL_SORT:
             all_total += slope
+        if not PLACES:
             all_along += slope * d
     strength, stored = tl.load(tau + row), i < length
     found = tl.sum(all_moment.to(tl.float64), 1)
@@ -206,11 +207,12 @@ def slopes(r, v, deviation, columns, tau, dt, total, moment, along, lists, first
         found *= scale_of(strength, RELAXATION) * (-2.0 if RELAXATION == SOFT_SORT_SQUARED else -1.0)
     if PLACES:
         found += tl.load(moment + own, mask=live, other=0.0)
-        tl.store(dt + own, blank(found, x, live).to(tl.float32), mask=stored)
+        tl.store(dt + own, blank(found, p, live).to(tl.float32), mask=stored)
     else:
-        tl.store(moment + own, blank(found, x, live), mask=stored)
-        tl.store(total + own, blank(tl.sum(all_total.to(tl.float64), 1), x, live), mask=stored)
-        tl.store(along + own, blank(tl.sum(all_along.to(tl.float64), 1) / -strength, x, live), mask=stored)
+        tl.store(moment + own, blank(found, p, live), mask=stored)
+        if RELAXATION == NEURAL_SORT:
+            tl.store(total + own, blank(tl.sum(all_total.to(tl.float64), 1), p, live), mask=stored)
+        tl.store(along + own, blank(tl.sum(all_along.to(tl.float64), 1) / -strength, p, live), mask=stored)
 
 
 @triton.jit

@@ -304,17 +304,19 @@ def pair_launches():
 
 
 def permutation_launches():
-    """Those of NeuralSort and SoftSort: of one column, and of several at a time."""
+    """Those of NeuralSort and SoftSort, of one column and of several at a time."""
     t, tau, along = torch.zeros(16, 1024), torch.ones(16).double(), torch.zeros(16, 1024).double()
-    for relaxation, name in enumerate(("neural sort", "soft sort", "squared soft sort")):
-        band = permutation_triton.Band.of(t, tau, None, None, relaxation)
-        yield name, band.prepare()
-        for columns in (1, 8):
-            v = torch.zeros(16, 1024, columns)
-            yield name, band.sums(v, v, t, v)
-            yield name, band.sums(v, v, None, None)
-            title = name if columns == 1 else f"{name}, several columns"
-            yield from ((title, launch) for launch in band.gradient(v, v, v, along, t, along))
+    for relaxation, name, columns in (
+        (0, "neural sort", 1),
+        (0, "neural sort, several columns", 8),
+        (1, "soft sort", 1),
+        (2, "squared soft sort, several columns", 8),
+    ):
+        band, v = permutation_triton.Band.of(t, tau, None, None, relaxation), torch.zeros(16, 1024, columns)
+        yield name, band.sides_launch()
+        yield name, band.sums(v, v, t, v)
+        yield name, band.sums(v, v, None, None)
+        yield from ((name, launch) for launch in band.gradient(v, v, v, along, t, along))
 
 
 if __name__ == "__main__":
@@ -322,7 +324,7 @@ if __name__ == "__main__":
         seen = set()
         for title, launch in launches(TARGETS[name].backend == "hip"):
             key = launch.kernel.__name__, repr(launch.constants), "options" in title and "vectors" in launch.arguments
-            key += (launch.arguments.get("columns") == 1,)
+            key += (launch.arguments.get("columns") == 1,)  # compiled for that
             if title.startswith("factored"):  # compiled for two types of P
                 key += (str([signature_of(value, (0,), {}, {}) for value in launch.arguments.values()]),)
             if key not in seen:

@@ -68,10 +68,10 @@ class Band:
         arguments = dict(**given, **where, **{name: getattr(self, name) for name in names})
         return Launch(kernel, (len(self.lists), along), arguments, constants, warps=4)
 
-    def prepare(self) -> Launch:
+    def sides_launch(self) -> Launch:
         sides = self.sides if len(self.sides) == 4 else self.sides.expand(4, -1)
         given = dict(zip(("x", "a", "w", "c"), sides))
-        return self._per_list(kernels.prepare, given, RELAXATION=self.relaxation)
+        return self._per_list(kernels.sides, given, RELAXATION=self.relaxation)
 
     def sums(self, values: Tensor, out: Tensor, rest: Tensor | None, deviation: Tensor | None) -> Launch:
         """P v, rest and deviation of v; or without room for these Pᵀ u of u / (1 + rest)."""
@@ -81,20 +81,20 @@ class Band:
         given = dict(values=values, out=out, rest=absent if transposed else rest, columns=columns,
                      deviation=absent if transposed else deviation)  # fmt: skip
         along = max(1, triton.cdiv(columns, block))
-        return self._per_block(kernels.sums, transposed, along, given, TRANSPOSED=transposed, COLUMNS=block)
+        return self._per_block(kernels.banded_sums, transposed, along, given, TRANSPOSED=transposed, COLUMNS=block)
 
     def gradient(self, r: Tensor, v: Tensor, deviation: Tensor, diagonal: Tensor, dt: Tensor, along: Tensor) -> Iterator[Launch]:
         """dt, and each item's part of dtau. diagonal: the derivatives in D_ii."""
         total, moment = torch.empty_like(along), torch.empty_like(along)
         given = dict(r=r, v=v, deviation=deviation, columns=v.shape[-1], tau=self.tau, dt=dt, total=total, moment=moment,
                      along=along)  # fmt: skip
-        yield self._per_block(kernels.slopes, True, 1, given, PLACES=False)
+        yield self._per_block(kernels.banded_slopes, True, 1, given, PLACES=False)
         if self.relaxation == kernels.NEURAL_SORT.value:
             given = dict(total=total, diagonal=diagonal, moment=moment, dt=dt)
             for back in (False, True):
                 yield self._per_list(kernels.neural_slopes, given, BACK=back)
         else:
-            yield self._per_block(kernels.slopes, False, 1, given, PLACES=True)
+            yield self._per_block(kernels.banded_slopes, False, 1, given, PLACES=True)
 
 
 def product(t: Tensor, tau: Tensor, v: Tensor, counts, offsets, relaxation: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,7 +102,7 @@ def product(t: Tensor, tau: Tensor, v: Tensor, counts, offsets, relaxation: int)
     y, rest, deviation = torch.empty_like(v), torch.empty_like(t), torch.empty_like(v)
     if t.numel():
         band = Band.of(t, tau, counts, offsets, relaxation)
-        run(iter([band.prepare(), band.sums(v, y, rest, deviation)]), t.device)
+        run(iter([band.sides_launch(), band.sums(v, y, rest, deviation)]), t.device)
     return y, rest, deviation
 
 
@@ -111,7 +111,7 @@ def transposed(t: Tensor, tau: Tensor, u: Tensor, counts, offsets, relaxation: i
     x, rest = torch.empty_like(u), torch.empty_like(t)
     if t.numel():
         band = Band.of(t, tau, counts, offsets, relaxation)
-        run(iter([band.prepare(), band.sums(none, none, rest, none)]), t.device)
+        run(iter([band.sides_launch(), band.sums(none, none, rest, none)]), t.device)
         run(iter([band.sums(u / (1 + rest).unsqueeze(-1), x, None, None)]), t.device)
     return x, rest
 
@@ -129,7 +129,7 @@ def gradient(t, tau, rest, u, v, deviation, counts, offsets, relaxation: int) ->
         r, v, deviation = u / (1 + rest).unsqueeze(-1), v.contiguous(), deviation.contiguous()
         diagonal = -(r * deviation).sum(-1, dtype=torch.float64)
     band = Band.of(t, tau, counts, offsets, relaxation)
-    launches = [band.prepare(), *band.gradient(r, v, deviation, diagonal, dt, along)]
+    launches = [band.sides_launch(), *band.gradient(r, v, deviation, diagonal, dt, along)]
     if x is not None:
         launches.append(band.sums(r, x, None, None))
     run(iter(launches), t.device)
