@@ -1,9 +1,9 @@
 """Products with relaxed permutation matrices that are never stored: csrc/permutation.h on a device.
 
-A program has some consecutive places, or items, of one list and walks over the others' band, whose two ends it looks for
-first: away from the peak a logit falls, in both of its arguments. Nothing is added across programs. SoftSort of power 1
-goes the same way as the others. Exponents are differences in fp64, then fp32, and so are sums until the last. Not run on
-a GPU so far.
+A program has some consecutive places, or items, of one list and walks over those of the other kind that are in their
+band, whose two ends it looks for first: away from the peak logits fall, in either argument. Nothing is added across
+programs. SoftSort of power 1 goes the way of the others. Exponents are differences in fp64, rounded to fp32; sums are
+fp32 along a list and fp64 at the end. Not run on a GPU so far.
 """
 
 import triton
@@ -55,9 +55,9 @@ def sides(t, tau, begin, lengths, counts, x, a, w, c, RELAXATION: tl.constexpr, 
         if RELAXATION == NEURAL_SORT:
             previous = (tl.load(t + k - 1, mask=here & (k > 0), other=0.0).to(tl.float64) - middle) * scale
             step = tl.where(here & (k > 0), (previous - own) * (2 * k - count).to(tl.float64), 0.0)
-            sums, weight = own * 0.0 + (carry + tl.cumsum(step, 0)), (count - 1 - 2 * k).to(tl.float64)
+            sums, weight = carry + tl.cumsum(step, 0), (count - 1 - 2 * k).to(tl.float64)
             carry += tl.sum(step, 0)
-            tl.store(a + k, sums, mask=here)
+            tl.store(a + k, tl.where(finite, sums, float("nan")), mask=here)
             tl.store(w + k, weight, mask=here)
             tl.store(c + k, weight * own - sums, mask=here)
 
@@ -81,9 +81,11 @@ def border(low, high, near_x, near_p, other_x, other_p, cutoff, LEAVES: tl.const
 
 
 @triton.jit
-def block_of(lists, firsts, begin, lengths, counts, own_x, own_p, other_x, other_p, cutoff,
-             RELAXATION: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """A program's list, where it begins, how many it has and how many count; its own ones; and the ends of their band."""
+def block_of(
+    lists, firsts, begin, lengths, counts, own_x, own_p, other_x, other_p, cutoff,
+    RELAXATION: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program's list, where it begins, how many it has and how many count; its own ones; the ends of their band."""
     program = tl.program_id(0)
     row, first = tl.load(lists + program), tl.load(firsts + program)
     start, length, count = tl.load(begin + row), tl.load(lengths + row), tl.load(counts + row)
@@ -118,9 +120,10 @@ def blank(value, p, live):
 
 
 @triton.jit
-def banded_sums(values, out, rest, deviation, columns, lists, firsts, begin, lengths, counts, own_x, own_p, other_x, other_p,
-         cutoff, TRANSPOSED: tl.constexpr, RELAXATION: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
-         OTHERS: tl.constexpr):  # fmt: skip
+def banded_sums(
+    values, out, rest, deviation, columns, lists, firsts, begin, lengths, counts, own_x, own_p, other_x, other_p, cutoff,
+    TRANSPOSED: tl.constexpr, RELAXATION: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, OTHERS: tl.constexpr,
+):  # fmt: skip
     """Own are places: P v, rest and deviation of values v. TRANSPOSED, own are items: Pᵀ u of values u / (1 + rest).
     COLUMNS of them at a time."""
     row, start, length, count, i, low, high = block_of(
@@ -157,9 +160,10 @@ def banded_sums(values, out, rest, deviation, columns, lists, firsts, begin, len
 
 
 @triton.jit
-def banded_slopes(r, v, deviation, columns, tau, dt, total, moment, along, lists, firsts, begin, lengths, counts, own_x, own_p,
-           other_x, other_p, cutoff, PLACES: tl.constexpr, RELAXATION: tl.constexpr, BLOCK: tl.constexpr,
-           OTHERS: tl.constexpr):  # fmt: skip
+def banded_slopes(
+    r, v, deviation, columns, tau, dt, total, moment, along, lists, firsts, begin, lengths, counts, own_x, own_p,
+    other_x, other_p, cutoff, PLACES: tl.constexpr, RELAXATION: tl.constexpr, BLOCK: tl.constexpr, OTHERS: tl.constexpr,
+):  # fmt: skip
     """With d_ij = e^D sum_c r_ic (v_jc - v_ic - deviation_ic) of places i and items j ≠ i: of own items the sums of
     -d D / tau² into along; of d and d (j - i) into NeuralSort's total and moment; of SoftSort's derivatives in t_j into
     moment. PLACES, own are SoftSort's places: dt, of their items' moment and the derivatives in t_i."""
@@ -223,9 +227,9 @@ def later(at, value, next_at, next_value):
 
 @triton.jit
 def neural_slopes(t, tau, total, diagonal, moment, dt, begin, lengths, counts, BACK: tl.constexpr, BLOCK: tl.constexpr):
-    """tau dt_j = 2 moment_j + Σ C_k over k before j − Σ C_k over k behind j + (places behind − before j of equal score) C_j,
-    with C = total + diagonal; equal scores are neither before nor behind each other. First along the list, then BACK. A
-    program has a list."""
+    """tau dt_j = 2 moment_j + Σ C_k over k before j − Σ C_k over k behind j + (how many behind − how many before it have
+    j's score) C_j, with C = total + diagonal; equal scores are neither before nor behind each other. First along the
+    list, then BACK. A program has a list."""
     row, lane = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     first, length, count = tl.load(begin + row), tl.load(lengths + row), tl.load(counts + row)
     t, total, diagonal, moment, dt = t + first, total + first, diagonal + first, moment + first, dt + first

@@ -44,7 +44,7 @@ else:
         """Of every operator; the gradients also of sums of `rest`."""
         y, rest, deviation = permutation_ops.product(t, tau, v, *layout)
         x, again = permutation_ops.transposed(t, tau, u, *layout)
-        assert torch.equal(rest, again)
+        assert torch.equal(rest.nan_to_num(9), again.nan_to_num(9))
         gradient = permutation_ops.gradient(t, tau, rest, u, v, deviation, *layout)
         of_rest = permutation_ops.gradient(t, tau, rest, u[..., :1], None, None, *layout)
         assert of_rest[2].numel() == 0
@@ -62,9 +62,9 @@ else:
 
     @pytest.mark.parametrize("columns, tau, ties", [(1, 0.3, True), (5, 1.0, False)])
     def test_operators(relaxation, columns, tau, ties):
-        t, v, u = falling(2, 37) * 2, *torch.randn(2, 2, 37, columns)
+        t, v, u = falling(2, 34) * 2, *torch.randn(2, 2, 34, columns)
         t, tau = t.round() if ties else t, torch.tensor([tau, 2 * tau], dtype=F64)
-        layout = torch.tensor([37, 20]), None, relaxation
+        layout = torch.tensor([34, 20]), None, relaxation
         found, truth = results(t, tau, v, u, *layout), results(*wide(t, tau, v, u), *layout)
         check(found, truth, 4e-6)
         for x in (found[0], found[1], found[3], found[4], found[6]):
@@ -72,7 +72,7 @@ else:
 
     def test_a_narrow_band_of_a_long_list(relaxation):
         """Both ends are looked for in steps, and most of the matrix is left out."""
-        n, layout = 200, (None, None, relaxation)
+        n, layout = 160, (None, None, relaxation)
 
         def run(t, tau, v, u):
             y, rest, deviation = permutation_ops.product(t, tau, v, *layout)
@@ -82,7 +82,7 @@ else:
         check(run(*given), run(*wide(*given)), 4e-6)
 
     def test_lists_by_offsets_have_the_bits_of_lists_alone(relaxation):
-        lengths = [4, 0, 1, 20]
+        lengths = [4, 0, 1, 18]
         parts = [(falling(n), *torch.randn(2, n, 2)) for n in lengths]
         t, v, u = (torch.cat(x) for x in zip(*parts))
         tau, offsets = torch.rand(4, dtype=F64) + 0.2, torch.tensor([0, *lengths]).cumsum(0)

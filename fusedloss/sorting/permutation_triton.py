@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +28,7 @@ class Band:
     counts: Tensor
     lists: Tensor  # of each program, like the next
     firsts: Tensor
-    sides: Tensor  # x of items and A, x of places and C (csrc/permutation_rows.h); SoftSort: x alone
+    sides: Tensor  # x of items and A, x of places and C (csrc/permutation_rows.h); SoftSort: x each time
     relaxation: int
     cutoff: float
 
@@ -49,29 +48,28 @@ class Band:
         lists = torch.searchsorted(ends, index, right=True).clamp_(max=rows - 1)
         firsts = (index - (ends - blocks)[lists]) * BLOCK
         counts = lengths if counts is None else counts.contiguous()
-        sides = torch.empty(4 if relaxation == kernels.NEURAL_SORT.value else 1, items, dtype=torch.float64, device=device)
+        numbers = 4 if relaxation == kernels.NEURAL_SORT.value else 1
+        sides = torch.empty(numbers, items, dtype=torch.float64, device=device).expand(4, -1)
         # What is left out of a row, at most m exp(−cutoff), is below half a unit in the last place of its sum.
         cutoff = max(32.0, math.log(max(width, 1)) + 17.4)
         of_lists = offsets[:-1].contiguous(), lengths, counts
         return cls(t.contiguous(), tau.contiguous(), *of_lists, lists, firsts, sides, relaxation, cutoff)
 
     def _per_list(self, kernel, given: dict, **constants) -> Launch:
-        lists = dict(tau=self.tau, begin=self.begin, lengths=self.lengths, counts=self.counts)
-        return Launch(kernel, (len(self.tau),), dict(t=self.t, **lists, **given), dict(**constants, BLOCK=SCANNED), warps=4)
+        given = given | {name: getattr(self, name) for name in ("t", "tau", "begin", "lengths", "counts")}
+        return Launch(kernel, (len(self.tau),), given, dict(**constants, BLOCK=SCANNED), warps=4)
 
     def _per_block(self, kernel, items_own: bool, along: int, given: dict, **constants) -> Launch:
-        sides = self.sides if len(self.sides) == 4 else self.sides.expand(4, -1)
-        own, other = (sides[:2], sides[2:]) if items_own else (sides[2:], sides[:2])
+        items, places = self.sides[:2], self.sides[2:]
+        own, other = (items, places) if items_own else (places, items)
         names = "begin", "lengths", "counts", "lists", "firsts", "cutoff"
         where = dict(own_x=own[0], own_p=own[1], other_x=other[0], other_p=other[1])
         constants |= dict(RELAXATION=self.relaxation, BLOCK=BLOCK, OTHERS=OTHERS)
-        arguments = dict(**given, **where, **{name: getattr(self, name) for name in names})
-        return Launch(kernel, (len(self.lists), along), arguments, constants, warps=4)
+        given = given | where | {name: getattr(self, name) for name in names}
+        return Launch(kernel, (len(self.lists), along), given, constants, warps=4)
 
     def sides_launch(self) -> Launch:
-        sides = self.sides if len(self.sides) == 4 else self.sides.expand(4, -1)
-        given = dict(zip(("x", "a", "w", "c"), sides))
-        return self._per_list(kernels.sides, given, RELAXATION=self.relaxation)
+        return self._per_list(kernels.sides, dict(zip(("x", "a", "w", "c"), self.sides)), RELAXATION=self.relaxation)
 
     def sums(self, values: Tensor, out: Tensor, rest: Tensor | None, deviation: Tensor | None) -> Launch:
         """P v, rest and deviation of v; or without room for these Pᵀ u of u / (1 + rest)."""
@@ -83,11 +81,11 @@ class Band:
         along = max(1, triton.cdiv(columns, block))
         return self._per_block(kernels.banded_sums, transposed, along, given, TRANSPOSED=transposed, COLUMNS=block)
 
-    def gradient(self, r: Tensor, v: Tensor, deviation: Tensor, diagonal: Tensor, dt: Tensor, along: Tensor) -> Iterator[Launch]:
-        """dt, and each item's part of dtau. diagonal: the derivatives in D_ii."""
+    def gradient(self, r: Tensor, v: Tensor, deviation: Tensor, diagonal: Tensor, dt: Tensor, along: Tensor):
+        """The launches for dt and each item's part of dtau. diagonal: the derivatives in D_ii."""
         total, moment = torch.empty_like(along), torch.empty_like(along)
-        given = dict(r=r, v=v, deviation=deviation, columns=v.shape[-1], tau=self.tau, dt=dt, total=total, moment=moment,
-                     along=along)  # fmt: skip
+        sums = dict(dt=dt, total=total, moment=moment, along=along)
+        given = dict(r=r, v=v, deviation=deviation, columns=v.shape[-1], tau=self.tau, **sums)
         yield self._per_block(kernels.banded_slopes, True, 1, given, PLACES=False)
         if self.relaxation == kernels.NEURAL_SORT.value:
             given = dict(total=total, diagonal=diagonal, moment=moment, dt=dt)
