@@ -121,8 +121,9 @@ def blank(value, p, live):
 
 @triton.jit
 def banded_sums(
-    values, out, rest, deviation, columns, lists, firsts, begin, lengths, counts, own_x, own_p, other_x, other_p, cutoff,
-    TRANSPOSED: tl.constexpr, RELAXATION: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, OTHERS: tl.constexpr,
+    values, out, rest, deviation, columns, lists, firsts, begin, lengths, counts, own_x, own_p, other_x, other_p,
+    cutoff, TRANSPOSED: tl.constexpr, RELAXATION: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    OTHERS: tl.constexpr,
 ):  # fmt: skip
     """Own are places: P v, rest and deviation of values v. TRANSPOSED, own are items: Pᵀ u of values u / (1 + rest).
     COLUMNS of them at a time."""
@@ -227,9 +228,9 @@ def later(at, value, next_at, next_value):
 
 @triton.jit
 def neural_slopes(t, tau, total, diagonal, moment, dt, begin, lengths, counts, BACK: tl.constexpr, BLOCK: tl.constexpr):
-    """tau dt_j = 2 moment_j + Σ C_k over k before j − Σ C_k over k behind j + (how many behind − how many before it have
-    j's score) C_j, with C = total + diagonal; equal scores are neither before nor behind each other. First along the
-    list, then BACK. A program has a list."""
+    """tau dt_j = 2 moment_j + Σ C_k over k before j − Σ C_k over k behind j + (how many behind − how many before it
+    have j's score) C_j, with C = total + diagonal; equal scores are neither before nor behind each other. First along
+    the list, then BACK. A program has a list."""
     row, lane = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     first, length, count = tl.load(begin + row), tl.load(lengths + row), tl.load(counts + row)
     t, total, diagonal, moment, dt = t + first, total + first, diagonal + first, moment + first, dt + first
