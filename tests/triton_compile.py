@@ -22,7 +22,7 @@ from fusedloss.lists import Lists
 from fusedloss.nn import SphericalSoftmaxLoss, SphericalZLoss, SquaredErrorLoss, TaylorSoftmaxLoss
 from fusedloss.ranking import pairs_torch, pairs_triton
 from fusedloss.relation import Other, Rest, Same
-from fusedloss.sorting import threshold_launches
+from fusedloss.sorting import permutation_triton, threshold_launches
 from fusedloss.spherical import device_launches
 from fusedloss.spherical.factors import Factors
 from fusedloss.spherical.family import member
@@ -166,6 +166,7 @@ def launches(hip: bool):
     yield from spherical_launches()
     yield from threshold_rows_launches()
     yield from pair_launches()
+    yield from permutation_launches()
 
 
 def similarity_launches(hip: bool):
@@ -302,11 +303,28 @@ def pair_launches():
         yield "positions", pairs_triton.position_launch(scores, mask, upstream, ends, scores, 1.0)
 
 
+def permutation_launches():
+    """Those of NeuralSort and SoftSort, of one column and of several at a time."""
+    t, tau, along = torch.zeros(16, 1024), torch.ones(16).double(), torch.zeros(16, 1024).double()
+    for relaxation, name, columns in (
+        (0, "neural sort", 1),
+        (0, "neural sort, several columns", 8),
+        (1, "soft sort", 1),
+        (2, "squared soft sort, several columns", 8),
+    ):
+        band, v = permutation_triton.Band.of(t, tau, None, None, relaxation), torch.zeros(16, 1024, columns)
+        yield name, band.sides_launch()
+        yield name, band.sums(v, v, t, v)
+        yield name, band.sums(v, v, None, None)
+        yield from ((name, launch) for launch in band.gradient(v, v, v, along, t, along))
+
+
 if __name__ == "__main__":
     for name in sys.argv[1:]:
         seen = set()
         for title, launch in launches(TARGETS[name].backend == "hip"):
             key = launch.kernel.__name__, repr(launch.constants), "options" in title and "vectors" in launch.arguments
+            key += (launch.arguments.get("columns") == 1,)  # compiled for that
             if title.startswith("factored"):  # compiled for two types of P
                 key += (str([signature_of(value, (0,), {}, {}) for value in launch.arguments.values()]),)
             if key not in seen:

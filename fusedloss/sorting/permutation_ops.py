@@ -36,6 +36,11 @@ def _rows(like: Tensor, offsets: Tensor | None) -> tuple[int, int]:
     return (like.shape[0], like.shape[1]) if offsets is None else (len(offsets) - 1, 0)
 
 
+def _engine(t: Tensor) -> str:
+    found = engine(t.device, "cpu", "triton")
+    return "torch" if found == "triton" and t.dtype != torch.float32 else found
+
+
 def _given(t: Tensor, tau: Tensor, columns: int, counts: Tensor | None, offsets: Tensor | None, relaxation: int):
     return _native.Permutation(
         *_rows(t, offsets), address(offsets), address(counts), address(tau), columns, NATIVE[t.dtype], relaxation
@@ -64,39 +69,52 @@ def _order(scores: Tensor, mask: Tensor | None, offsets: Tensor | None) -> Tenso
 
 @torch.library.impl("fusedloss::permutation_product", "CompositeExplicitAutograd")
 def _product(t, tau, v, counts, offsets, relaxation):
-    if engine(t.device, "cpu") == "cpu":
+    if (found := _engine(t)) == "cpu":
         t, tau, v = t.contiguous(), tau.contiguous(), v.contiguous()
         y, rest, deviation = torch.empty_like(v), torch.empty_like(t), torch.empty_like(v)
         given = _given(t, tau, v.shape[-1], counts, offsets, relaxation)
         _native.permutation_product(given, *(x.data_ptr() for x in (t, v, y, rest, deviation)))
         return y, rest, deviation
+    if found == "triton":
+        from . import permutation_triton as device
+
+        return device.product(t, tau, v, counts, offsets, relaxation)
     run = lambda t, v, tau, counts: plain.product(relaxation, t, tau, v, counts)
     return tuple(plain.over_lists(run, (t, v), (tau,), counts, offsets))
 
 
 @torch.library.impl("fusedloss::permutation_transposed", "CompositeExplicitAutograd")
 def _transposed(t, tau, u, counts, offsets, relaxation):
-    if engine(t.device, "cpu") == "cpu":
+    if (found := _engine(t)) == "cpu":
         _, rest, _ = product(t, tau, u[..., :0], counts, offsets, relaxation)
         t, tau, u = t.contiguous(), tau.contiguous(), u.contiguous()
         x, given = torch.empty_like(u), _given(t, tau, u.shape[-1], counts, offsets, relaxation)
         _native.permutation_transposed(given, *(x.data_ptr() for x in (t, rest, u, x)))
         return x, rest
+    if found == "triton":
+        from . import permutation_triton as device
+
+        return device.transposed(t, tau, u, counts, offsets, relaxation)
     run = lambda t, u, tau, counts: plain.transposed(relaxation, t, tau, u, counts)
     return tuple(plain.over_lists(run, (t, u), (tau,), counts, offsets))
 
 
 @torch.library.impl("fusedloss::permutation_gradient", "CompositeExplicitAutograd")
 def _gradient(t, tau, rest, u, v, deviation, counts, offsets, relaxation):
-    if engine(t.device, "cpu") == "cpu":
+    if (found := _engine(t)) == "cpu":
         t, tau, rest, u = (x.contiguous() for x in (t, tau, rest, u))
         v, deviation = (None if x is None else x.contiguous() for x in (v, deviation))
         dt, dtau, x = torch.empty_like(t), torch.empty_like(tau), None if v is None else torch.empty_like(u)
         given = _given(t, tau, u.shape[-1], counts, offsets, relaxation)
         _native.permutation_gradient(given, *(address(a) for a in (t, rest, u, v, deviation, dt, dtau, x)))
         return dt, dtau, u.new_empty(0) if x is None else x
-    run = lambda t, u, v, tau, counts: plain.gradient(relaxation, t, tau, u, v, counts)
-    dt, dtau, x = plain.over_lists(run, (t, u, v), (tau,), counts, offsets)
+    if found == "triton":
+        from . import permutation_triton as device
+
+        dt, dtau, x = device.gradient(t, tau, rest, u, v, deviation, counts, offsets, relaxation)
+    else:
+        run = lambda t, u, v, tau, counts: plain.gradient(relaxation, t, tau, u, v, counts)
+        dt, dtau, x = plain.over_lists(run, (t, u, v), (tau,), counts, offsets)
     return dt, dtau, u.new_empty(0) if x is None else x
 
 
