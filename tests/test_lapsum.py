@@ -306,10 +306,10 @@ def test_opcheck(backend):
         forward, backward = (getattr(op, f"lapsum_{name}{s}").default for s in ("", "_backward"))
         torch.library.opcheck(forward, (x, alpha, mask, None, True))
         order = forward(x, alpha, None, None, False)[1]
-        torch.library.opcheck(backward, (x.detach(), alpha.detach(), None, None, False, order, g))
+        torch.library.opcheck(backward, (x.detach(), alpha.detach(), order, g, None, None, False))
     torch.library.opcheck(op.lapsum_top_k.default, (x, k, alpha, None, None, True))
     state = op.lapsum_top_k(x, k, alpha, None, None, True)[1].detach()
-    arguments = (x.detach(), k.detach(), alpha.detach(), None, None, True, state, g)
+    arguments = (x.detach(), k.detach(), alpha.detach(), state, g, None, None, True)
     torch.library.opcheck(op.lapsum_top_k_backward.default, arguments)
 
 

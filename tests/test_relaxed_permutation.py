@@ -249,12 +249,12 @@ def test_operators(backend, kind):
     tau, v = leaf(torch.ones(2, dtype=F64)), leaf(torch.randn(2, 6, 2, dtype=F64))
     layout = torch.tensor([6, 3]), None, kind.number
     check = torch.library.opcheck
-    check(permutation_ops.order, (t.detach(), torch.rand(2, 6) > 0.5, None))
-    check(permutation_ops.product, (t, tau, v, *layout))
-    check(permutation_ops.transposed, (t, tau, v, *layout))
+    check(torch.ops.fusedloss.permutation_order, (t.detach(), torch.rand(2, 6) > 0.5, None))
+    check(torch.ops.fusedloss.permutation_product, (t, tau, v, *layout))
+    check(torch.ops.fusedloss.permutation_transposed, (t, tau, v, *layout))
     _, rest, deviation = (x.detach() for x in permutation_ops.product(t, tau, v, *layout))
-    check(permutation_ops.gradient, (t, tau, rest, v, leaf(v), deviation, *layout))
-    check(permutation_ops.gradient, (t, tau, rest, v[..., :1], None, None, *layout))
+    check(torch.ops.fusedloss.permutation_gradient, (t, tau, rest, v, leaf(v), deviation, *layout))
+    check(torch.ops.fusedloss.permutation_gradient, (t, tau, rest, v[..., :1], None, None, *layout))
 
 
 @pytest.mark.unpoisoned
