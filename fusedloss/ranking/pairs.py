@@ -101,19 +101,18 @@ def pair_losses(
     scale: float = 1.0,
     k: int | None = None,
     normalization: str | None = None,
-) -> Tensor:
-    """(rows,): scale Σ w_ij f(σ (s_i − s_j)) of each list, for the loss `name`; by None, or divided by the number of
-    pairs of its list ("pairs") or of the batch ("batch"), 0 where there are none."""
+) -> Tensor | tuple[Tensor, Tensor]:
+    """(rows,): scale Σ w_ij f(σ (s_i − s_j)) of each list, for the loss `name`; "pairs": divided by the number of pairs
+    of its list, 0 where there are none; "batch": and the numbers of pairs, by which `list_loss` takes the mean."""
     check_constant(name, "sigma", sigma, 0.0, above=True)
     check_constant(name, "mu", mu)
     expect(normalization in NORMALIZATIONS, name, "normalization", f"one of {NORMALIZATIONS}", normalization)
     expect(k is None or (isinstance(k, int) and k >= 1), name, "k", "None or an integer from 1", k)
     options = function, weight, float(sigma), float(mu), float(scale), k or 0
     losses, _, pairs = _run_pair_losses(scores, relevance.detach(), lists.mask, lists.offsets, *options)
-    if normalization is None:
-        return losses
-    pairs = pairs if normalization == "pairs" else pairs.sum()
-    return losses / pairs.clamp(min=1).to(losses.dtype)
+    if normalization == "pairs":
+        return losses / pairs.clamp(min=1)
+    return losses if normalization is None else (losses, pairs)
 
 
 # --- soft positions --------------------------------------------------------------------------------------------------
