@@ -1,33 +1,12 @@
-// laplace.h in fusedloss._native. Pointers are plain integers, 0 for null.
-#include <pybind11/pybind11.h>
-
-#include <stdexcept>
-
+// laplace.h in fusedloss._native.
+#include "bindings.h"
 #include "laplace.h"
-
-namespace py = pybind11;
 
 namespace {
 
-using Address = uintptr_t;
-
-template <class T = void>
-T* pointer(Address address) { return reinterpret_cast<T*>(address); }
-
-template <class Work>
-void released(Work work) {
-  int status;
-  {
-    py::gil_scoped_release free;
-    status = work();
-  }
-  if (status) throw std::runtime_error(fl_error());
-}
-
 fl_laplace make(int64_t rows, int64_t width, Address offsets, Address mask, Address alphas, int32_t dtype,
                 bool descending) {
-  return {{rows, width, pointer<const int64_t>(offsets), pointer<const uint8_t>(mask)}, pointer<const double>(alphas),
-          dtype, descending};
+  return {make_lists(rows, width, offsets, mask), pointer<const double>(alphas), dtype, descending};
 }
 
 using Forward = int (*)(const fl_laplace*, const void*, void*, int32_t*);

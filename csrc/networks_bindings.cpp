@@ -1,28 +1,8 @@
-// networks.h in fusedloss._native. Pointers are plain integers, 0 for null.
-#include <pybind11/pybind11.h>
-
-#include <stdexcept>
-
+// networks.h in fusedloss._native.
+#include "bindings.h"
 #include "networks.h"
 
-namespace py = pybind11;
-
 namespace {
-
-using Address = uintptr_t;
-
-template <class T = void>
-T* pointer(Address address) { return reinterpret_cast<T*>(address); }
-
-template <class Work>
-void released(Work work) {
-  int status;
-  {
-    py::gil_scoped_release free;
-    status = work();
-  }
-  if (status) throw std::runtime_error(fl_error());
-}
 
 fl_network make(int64_t rows, int64_t wires, int64_t comparators, int64_t layers, Address low, Address high,
                 Address first, int32_t dtype, int32_t distribution, double steepness, double art_lambda) {

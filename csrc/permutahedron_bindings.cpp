@@ -1,37 +1,13 @@
-// permutahedron.h in fusedloss._native. Pointers are plain integers, 0 for null.
-#include <pybind11/pybind11.h>
-
-#include <stdexcept>
-
+// permutahedron.h in fusedloss._native.
+#include "bindings.h"
 #include "permutahedron.h"
-
-namespace py = pybind11;
 
 namespace {
 
-using Address = uintptr_t;
-
-template <class T>
-T* pointer(Address address) { return reinterpret_cast<T*>(address); }
-
-void raise_if(int status) {
-  if (status) throw std::runtime_error(fl_error());
-}
-
-template <class Work>
-void released(Work work) {
-  int status;
-  {
-    py::gil_scoped_release free;
-    status = work();
-  }
-  raise_if(status);
-}
-
 fl_permutahedron make(int64_t rows, int64_t width, Address offsets, Address mask, Address strengths, double strength,
                       int32_t dtype, bool kl, bool descending, int64_t items) {
-  return {{rows, width, pointer<const int64_t>(offsets), pointer<const uint8_t>(mask)}, pointer<const double>(strengths),
-          strength, dtype, kl, descending, items};
+  const fl_lists lists = make_lists(rows, width, offsets, mask);
+  return {lists, pointer<const double>(strengths), strength, dtype, kl, descending, items};
 }
 
 }  // namespace
@@ -45,20 +21,20 @@ void add_permutahedron(py::module_& m) {
            py::arg("items") = 0)
       .def("__bytes__", [](const P& p) { return py::bytes(reinterpret_cast<const char*>(&p), sizeof p); });
   m.def("soft_rank", [](const P& p, Address x, Address ranks, Address order) {
-    released([&] { return fl_soft_rank(&p, pointer<void>(x), pointer<void>(ranks), pointer<int32_t>(order)); });
+    released([&] { return fl_soft_rank(&p, pointer(x), pointer(ranks), pointer<int32_t>(order)); });
   });
   m.def("soft_sort", [](const P& p, Address x, Address sorted, Address order) {
-    released([&] { return fl_soft_sort(&p, pointer<void>(x), pointer<void>(sorted), pointer<int32_t>(order)); });
+    released([&] { return fl_soft_sort(&p, pointer(x), pointer(sorted), pointer<int32_t>(order)); });
   });
   m.def("soft_rank_backward", [](const P& p, Address x, Address order, Address g, Address dx, Address dstrength) {
     released([&] {
-      return fl_soft_rank_backward(&p, pointer<void>(x), pointer<int32_t>(order), pointer<void>(g), pointer<void>(dx),
+      return fl_soft_rank_backward(&p, pointer(x), pointer<int32_t>(order), pointer(g), pointer(dx),
                                    pointer<double>(dstrength));
     });
   });
   m.def("soft_sort_backward", [](const P& p, Address x, Address order, Address g, Address dx, Address dstrength) {
     released([&] {
-      return fl_soft_sort_backward(&p, pointer<void>(x), pointer<int32_t>(order), pointer<void>(g), pointer<void>(dx),
+      return fl_soft_sort_backward(&p, pointer(x), pointer<int32_t>(order), pointer(g), pointer(dx),
                                    pointer<double>(dstrength));
     });
   });

@@ -8,13 +8,16 @@
 // of rows and columns within 1/n and n: the published code's clamp of denominators at 1e-10 never acts.
 #include "sinkhorn.h"
 
+#include <omp.h>
+
 #include <cmath>
 #include <cstring>
 #include <limits>
 
+#include "arguments.h"
+#include "room.h"
 #include "sinkhorn_rows.h"
 #include "sort_core.h"
-#include "spherical_tools.h"
 
 namespace fl {
 namespace {

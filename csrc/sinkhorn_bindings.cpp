@@ -1,29 +1,17 @@
-// sinkhorn.h in fusedloss._native. Pointers are plain integers, 0 for null.
-#include <pybind11/pybind11.h>
-
-#include <stdexcept>
-
+// sinkhorn.h in fusedloss._native.
+#include "bindings.h"
 #include "sinkhorn.h"
-
-namespace py = pybind11;
 
 namespace {
 
-template <class T>
-T* pointer(uintptr_t address) { return reinterpret_cast<T*>(address); }
-
-void neural_ndcg(int64_t rows, int64_t width, uintptr_t offsets, uintptr_t mask, int32_t dtype, double tau, int64_t k,
-                 int64_t max_iterations, double tolerance, uintptr_t scores, uintptr_t gains, uintptr_t ndcg,
-                 uintptr_t ideal, uintptr_t dscores) {
-  const fl_neural_ndcg_options o = {{rows, width, pointer<const int64_t>(offsets), pointer<const uint8_t>(mask)},
+void neural_ndcg(int64_t rows, int64_t width, Address offsets, Address mask, int32_t dtype, double tau, int64_t k,
+                 int64_t max_iterations, double tolerance, Address scores, Address gains, Address ndcg,
+                 Address ideal, Address dscores) {
+  const fl_neural_ndcg_options o = {make_lists(rows, width, offsets, mask),
                                     tau, tolerance, k, max_iterations, dtype};
-  int status;
-  {
-    py::gil_scoped_release free;
-    status = fl_neural_ndcg(&o, pointer<void>(scores), pointer<void>(gains), pointer<void>(ndcg), pointer<void>(ideal),
-                            pointer<void>(dscores));
-  }
-  if (status) throw std::runtime_error(fl_error());
+  released([&] {
+    return fl_neural_ndcg(&o, pointer(scores), pointer(gains), pointer(ndcg), pointer(ideal), pointer(dscores));
+  });
 }
 
 }  // namespace

@@ -1,33 +1,13 @@
-// threshold.h in fusedloss._native. Pointers are plain integers, 0 for null.
-#include <pybind11/pybind11.h>
-
-#include <stdexcept>
-
+// threshold.h in fusedloss._native.
+#include "bindings.h"
 #include "threshold.h"
-
-namespace py = pybind11;
 
 namespace {
 
-using Address = uintptr_t;
-
-template <class T>
-T* pointer(Address address) { return reinterpret_cast<T*>(address); }
-
-template <class Work>
-void released(Work work) {
-  int status;
-  {
-    py::gil_scoped_release free;
-    status = work();
-  }
-  if (status) throw std::runtime_error(fl_error());
-}
-
 fl_threshold make(int32_t kind, int64_t rows, int64_t width, Address offsets, int32_t dtype, Address scores,
                   int64_t stride, int32_t out_dtype, Address out, int64_t out_stride) {
-  return {{rows, width, pointer<const int64_t>(offsets), nullptr}, kind, dtype, pointer<const void>(scores), stride,
-          out_dtype, pointer<void>(out), out_stride};
+  return {make_lists(rows, width, offsets), kind, dtype, pointer<const void>(scores), stride,
+          out_dtype, pointer(out), out_stride};
 }
 
 }  // namespace
@@ -45,5 +25,5 @@ void add_threshold(py::module_& m) {
     });
   });
   m.def("threshold_backward",
-        [](const T& t, Address g) { released([&] { return fl_threshold_backward(&t, pointer<void>(g)); }); });
+        [](const T& t, Address g) { released([&] { return fl_threshold_backward(&t, pointer(g)); }); });
 }

@@ -36,9 +36,14 @@ class Lists:
             return torch.Size((self.rows,))
         return self.shape[: self.dim] + self.shape[self.dim + 1 :]
 
+    @property
+    def _is_flat(self) -> bool:
+        """Whether the caller's values lie as kernels take them: nothing to do, and small inputs are common."""
+        return self.offsets is not None or (len(self.shape) == 2 and self.dim == 1)
+
     def flat(self, values: Tensor) -> Tensor:
         """The caller's values as kernels take them."""
-        if self.offsets is not None:
+        if self._is_flat:
             return values.contiguous()
         return values.movedim(self.dim, -1).reshape(self.rows, self.shape[self.dim]).contiguous()
 
@@ -49,7 +54,7 @@ class Lists:
 
     def shaped(self, flat: Tensor) -> Tensor:
         """Flat values as the caller has them; of any last dimensions beyond the items."""
-        if self.offsets is not None:
+        if self._is_flat:
             return flat
         return flat.reshape(*self.leading, self.shape[self.dim]).movedim(-1, self.dim)
 

@@ -20,7 +20,7 @@ def loss(name):
 
 # The loss of each record and its options. allRank's and the spec's lambda losses are sums over the batch.
 CALLS = {
-    "ranknet": ("ranknet_loss", dict(normalization="batch", reduction="sum")),
+    "ranknet": ("ranknet_loss", {}),
     "lambdaloss_none": ("lambda_loss", dict(weighting=None, reduction="sum")),
     "lambdaloss_ndcg1": ("lambda_loss", dict(weighting="ndcg1", reduction="sum")),
     "lambdaloss_ndcg2": ("lambda_loss", dict(weighting="ndcg2", reduction="sum")),
@@ -28,7 +28,7 @@ CALLS = {
     "lambdaloss_ndcg2pp": ("lambda_loss", dict(weighting="ndcg2pp", reduction="sum")),
     "lambdaloss_ndcg2pp_k3_mean_natural": (
         "lambda_loss",
-        dict(weighting="ndcg2pp", k=3, base=torch.e, normalization="batch", reduction="sum"),
+        dict(weighting="ndcg2pp", k=3, base=torch.e, normalization="batch"),
     ),
     "listnet": ("listnet_loss", {}),
     "listmle": ("list_mle_loss", {}),

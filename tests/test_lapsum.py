@@ -310,10 +310,10 @@ def test_opcheck(backend):
         forward, backward = (getattr(op, f"lapsum_{name}{s}").default for s in ("", "_backward"))
         check(forward, (x, alpha, mask, None, True))
         order = forward(x, alpha, None, None, False)[1]
-        check(backward, (x.detach(), alpha.detach(), None, None, False, order, g))
+        check(backward, (x.detach(), alpha.detach(), order, g, None, None, False))
     check(op.lapsum_top_k.default, (x, k, alpha, None, None, True))
     state = op.lapsum_top_k(x, k, alpha, None, None, True)[1].detach()
-    arguments = (x.detach(), k.detach(), alpha.detach(), None, None, True, state, g)
+    arguments = (x.detach(), k.detach(), alpha.detach(), state, g, None, None, True)
     check(op.lapsum_top_k_backward.default, arguments)
 
 

@@ -232,7 +232,7 @@ def test_op_contract():
     torch.library.opcheck(op.neural_ndcg, (scores, gains, mask, None, 1.0, 0, 50, 1e-6, True), test_utils=checks)
     given = flat, gains.reshape(-1), None, offsets, 0.5, 3, 9, 0.0, True
     torch.library.opcheck(op.neural_ndcg, given, test_utils=checks)
-    torch.library.opcheck(op.neural_ndcg_backward, (torch.rand(3), gains, scores, None), test_utils=checks)
+    torch.library.opcheck(op.neural_ndcg_backward, (gains, torch.rand(3), scores, None), test_utils=checks)
 
 
 def test_second_derivatives_are_refused(backend):

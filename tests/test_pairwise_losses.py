@@ -184,9 +184,11 @@ def test_normalizations(backend):
     count = (relevance[:, :, None] > relevance[:, None]).sum((1, 2))
     loss = ranking.ranknet_loss
     sums = loss(scores, relevance, normalization=None, reduction="none")
-    assert torch.equal(loss(scores, relevance, reduction="none"), sums / count.clamp(min=1))
-    whole = loss(scores, relevance, normalization="batch", reduction="sum")
-    close(whole, sums.sum() / count.sum(), 1e-14)
+    own = loss(scores, relevance, normalization="pairs", reduction="none")
+    assert torch.equal(own, sums / count.clamp(min=1))
+    close(loss(scores, relevance, normalization="pairs"), own.mean(), 1e-14)
+    close(loss(scores, relevance), sums.sum() / count.sum(), 1e-14)
+    assert torch.equal(loss(scores, relevance, normalization="batch", reduction="none"), sums)
 
 
 def test_kendall_is_kendalls_tau(backend):

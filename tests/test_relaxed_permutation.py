@@ -255,12 +255,12 @@ def test_operators(backend):
     layout = torch.tensor([6, 3]), None, 0
     how = {} if backend == "cpu" else dict(test_utils=("test_schema", "test_faketensor"))
     check = partial(torch.library.opcheck, **how)
-    check(permutation_ops.order, (t.detach(), torch.rand(2, 6) > 0.5, None))
-    check(permutation_ops.product, (t, tau, v, *layout))
-    check(permutation_ops.transposed, (t, tau, v, *layout))
+    check(torch.ops.fusedloss.permutation_order, (t.detach(), torch.rand(2, 6) > 0.5, None))
+    check(torch.ops.fusedloss.permutation_product, (t, tau, v, *layout))
+    check(torch.ops.fusedloss.permutation_transposed, (t, tau, v, *layout))
     _, rest, deviation = (x.detach() for x in permutation_ops.product(t, tau, v, *layout))
-    check(permutation_ops.gradient, (t, tau, rest, v, leaf(v), deviation, *layout))
-    check(permutation_ops.gradient, (t, tau, rest, v[..., :1], None, None, *layout))
+    check(torch.ops.fusedloss.permutation_gradient, (t, tau, rest, v, leaf(v), deviation, *layout))
+    check(torch.ops.fusedloss.permutation_gradient, (t, tau, rest, v[..., :1], None, None, *layout))
 
 
 @pytest.mark.unpoisoned

@@ -321,7 +321,7 @@ def test_opcheck(backend):
     check(op.network_push.default, (gaps, beta, v, True, *spec))
     arguments = (gaps.detach(), beta.detach(), torch.randn(2, 5, dtype=F64), torch.randn(gaps.shape, dtype=F64), *spec)
     check(op.network_sort_backward.default, arguments)
-    arguments = (gaps.detach(), beta.detach(), v.detach(), False, torch.randn(2, 5, 3, dtype=F64), True, *spec)
+    arguments = (gaps.detach(), beta.detach(), v.detach(), torch.randn(2, 5, 3, dtype=F64), False, True, *spec)
     check(op.network_push_backward.default, arguments)
 
 

@@ -19,10 +19,21 @@ except ImportError as error:  # kept, and shown by `info()`
     _native, load_error = None, f"the compiled extension did not load: {error!r}"
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+ALL_DTYPES = {**DTYPES, torch.float64: 3}  # what kernels on lists take
 
 
 def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+def native_lists(x: Tensor, offsets: Tensor | None, mask: Tensor | None = None) -> tuple[int, int, int, int]:
+    """What the fl_lists of csrc/lists.h is made of, for flat values; of lists by offsets the width is not looked up."""
+    rows, width = x.shape[:2] if offsets is None else (offsets.shape[0] - 1, 0)
+    return rows, width, address(offsets), address(mask)
 
 
 def native_tile(tile: Tile):

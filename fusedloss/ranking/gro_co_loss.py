@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_integer, check_number, expect
-from ..sorting import group_ordering  # noqa: F401 (defines the operators)
+from ..checks import check_constant, check_integer, check_number, expect
 from ..sorting.comparators import DISTRIBUTIONS
+from ..sorting.group_ordering import group_ordering
 from .list_loss import list_loss, spoilt
 
 NAME = "gro_co_loss"
@@ -39,7 +39,7 @@ def gro_co_loss(lists, scores, relevance, k: int = 10, steepness: float | Tensor
     positive = relevance > 0
     # In float64: a logarithm asks for the digits of a small part, which differences of neighbours lose.
     layout = positive, lists.mask, lists.offsets, k, distribution
-    part = torch.ops.fusedloss.group_ordering(spoilt(scores, relevance).double(), steepness, *layout)
+    part = group_ordering(spoilt(scores, relevance).double(), steepness, *layout)
     right = torch.where(positive, part, 1 - part).clamp(max=1)  # 1 of negatives that are not among the k
     losses = torch.where(right <= 0, 100.0, -torch.where(right <= 0, 1.0, right).log()).clamp(max=100)
     positives = lists.sum(positive.to(scores.dtype))

@@ -38,14 +38,15 @@ def lambda_loss(
       "ndcg1"        w = G_i A(ρ_i), over all ordered pairs, i = j too    NDCG-Loss1
       None, "ranknet"    w = 1
     k: only pairs of which both have rank ≤ k. Weights are constants. base: of the logarithm, math.e for the natural
-    one. normalization: None, the sum; "pairs", by the number of pairs of the list; "batch", of all lists. O(n)
-    memory, every pair computed once. Scores of −inf give what the formula gives (∞ or NaN); padding belongs into the
-    mask.
+    one. normalization: None, each list's sum; "pairs", that by its number of pairs; "batch", with which
+    ``reduction="mean"`` is the mean over all pairs of the batch, whatever list they are of, and the other reductions
+    are None's. O(n) memory, every pair computed once. Scores of −inf give what the formula gives (∞ or NaN); padding
+    belongs into the mask.
 
     Xuanhui Wang, Cheng Li, Nadav Golbandi, Michael Bendersky and Marc Najork, "The LambdaLoss Framework for Ranking
     Metric Optimization", CIKM 2018; Christopher Burges, Robert Ragno and Quoc Viet Le, "Learning to Rank with
     Nonsmooth Cost Functions", NIPS 2006. allRank's lambdaLoss is ``reduction="sum"``, and its mean
-    ``normalization="batch", reduction="sum"``; it stops at a loss of 33 per pair, with gradient 0, where σ (s_i −
+    ``normalization="batch"``; it stops at a loss of 33 per pair, with gradient 0, where σ (s_i −
     s_j) < −23, and this form does not; its default weighting is None, sentence-transformers' and ours "ndcg2pp".
     TF-Ranking takes the natural logarithm.
     """
@@ -77,7 +78,7 @@ def reference(
     pairs = (relevance[:, None] > relevance) | (weighting == "ndcg1")
     pairs = pairs & top[:, None] & top
     loss = (weight * -logsigmoid(sigma * (scores[:, None] - scores)))[pairs].sum() / math.log(base)
-    return loss if normalization is None else loss / pairs.sum().clamp(min=1)
+    return loss / pairs.sum().clamp(min=1) if normalization == "pairs" else loss
 
 
 CASES = (

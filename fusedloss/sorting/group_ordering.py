@@ -10,17 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import network_ops  # noqa: F401 (defines the operators)
-from .derivatives import plain_gradients
+from ..operators import like, operator, plain_gradients
+from . import network_ops as ops
 
-_op = torch.ops.fusedloss
-LISTS = "Tensor positive, Tensor? mask, Tensor? offsets, int k, str distribution"
-
-torch.library.define("fusedloss::group_ordering", f"(Tensor scores, Tensor steepness, {LISTS}) -> Tensor")
-torch.library.define(
-    "fusedloss::group_ordering_backward",
-    f"(Tensor scores, Tensor steepness, {LISTS}, Tensor upstream) -> (Tensor, Tensor)",
-)
+LISTS = "Tensor positive, Tensor? mask, Tensor? offsets"
+SPEC = "odd_even", False
 
 
 class Wires:
@@ -64,57 +58,42 @@ class Wires:
         return (places >= self.negatives.unsqueeze(1)).to(like.dtype).unsqueeze(2)
 
 
-def _meaning(scores, steepness, positive, mask, offsets, k, distribution):
-    wires, spec = Wires(scores, positive, mask, offsets, k), ("odd_even", False, distribution, 0.25)
-    _, gaps = _op.network_sort(wires.take(scores), steepness, wires.count, *spec)
-    mass = _op.network_push(gaps, steepness, wires.indicator(scores), True, *spec)
+def _forward(scores, steepness, positive, mask, offsets, k, distribution):
+    wires, spec = Wires(scores, positive, mask, offsets, k), (*SPEC, distribution, 0.25)
+    _, gaps = ops.sort(wires.take(scores), steepness, wires.count, *spec)
+    mass = ops.push(gaps, steepness, wires.indicator(scores), True, *spec)
     return wires.give(mass.squeeze(2), scores)
 
 
-@torch.library.impl("fusedloss::group_ordering", "CompositeExplicitAutograd")
-def _forward(scores, steepness, *rest):
-    return _meaning(scores, steepness, *rest)
-
-
-@torch.library.register_fake("fusedloss::group_ordering")
-def _forward_fake(scores, steepness, *rest):
-    return torch.empty_like(scores, memory_format=torch.contiguous_format)
-
-
-@torch.library.impl("fusedloss::group_ordering_backward", "CompositeExplicitAutograd")
-def _backward(scores, steepness, positive, mask, offsets, k, distribution, upstream):
-    wires, spec = Wires(scores, positive, mask, offsets, k), ("odd_even", False, distribution, 0.25)
-    sorted, gaps = _op.network_sort(wires.take(scores), steepness, wires.count, *spec)
+def _backward(scores, steepness, upstream, positive, mask, offsets, k, distribution):
+    wires, spec = Wires(scores, positive, mask, offsets, k), (*SPEC, distribution, 0.25)
+    sorted, gaps = ops.sort(wires.take(scores), steepness, wires.count, *spec)
     g = torch.where(wires.take(upstream).isinf(), 0.0, wires.take(upstream)).unsqueeze(2)
-    indicator = wires.indicator(scores)
-    dgaps, total, _ = _op.network_push_backward(gaps, steepness, indicator, True, g, False, *spec)
-    dx, more = _op.network_sort_backward(gaps, steepness, torch.zeros_like(sorted), dgaps, *spec)
+    dgaps, total, _ = ops.push_backward(gaps, steepness, wires.indicator(scores), g, True, False, *spec)
+    dx, more = ops.sort_backward(gaps, steepness, torch.zeros_like(sorted), dgaps, *spec)
     return wires.give(dx, scores), (total + more).sum()
 
 
-@torch.library.register_fake("fusedloss::group_ordering_backward")
-def _backward_fake(scores, steepness, *rest):
-    total = scores.new_empty((), dtype=torch.float64)
-    return torch.empty_like(scores, memory_format=torch.contiguous_format), total
-
-
-def _context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:5])
-    ctx.options = inputs[5:]
-
-
-def _formula(ctx, upstream):
+def _derivative(ctx, upstream):
     scores, steepness, *lists = ctx.saved_tensors
     if torch.is_grad_enabled():
-
-        def meaning(scores, steepness):
-            return (_meaning(scores, steepness, *lists, *ctx.options),)
-
-        found = plain_gradients(meaning, (scores, steepness), (upstream,), ctx.needs_input_grad[:2])
+        formula = lambda *inputs: (_forward(*inputs, *lists, *ctx.options),)
+        found = plain_gradients(formula, (scores, steepness), (upstream,), ctx.needs_input_grad)
     else:
-        found = _op.group_ordering_backward(scores, steepness, *lists, *ctx.options, upstream)
-    dsteepness = None if found[1] is None else found[1].to(steepness.device, steepness.dtype)
-    return found[0], dsteepness, *(None,) * 5
+        found = _run_backward(scores, steepness, upstream, *lists, *ctx.options)
+    return found[0], None if found[1] is None else found[1].to(steepness.device, steepness.dtype)
 
 
-torch.library.register_autograd("fusedloss::group_ordering", _formula, setup_context=_context)
+_run_backward = operator(
+    "group_ordering_backward",
+    f"(Tensor scores, Tensor steepness, Tensor upstream, {LISTS}, int k, str distribution) -> (Tensor, Tensor)",
+    _backward,
+    lambda scores, *_: (like(scores), scores.new_empty((), dtype=torch.float64)),
+)
+group_ordering = operator(
+    "group_ordering",
+    f"(Tensor scores, Tensor steepness, {LISTS}, int k, str distribution) -> Tensor",
+    _forward,
+    like,
+    _derivative,
+)

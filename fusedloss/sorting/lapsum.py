@@ -7,9 +7,7 @@ from torch import Tensor
 
 from ..checks import check_number, expect, expect_reverse_mode, visible
 from ..lists import Lists, lists_of
-from . import lapsum_ops  # noqa: F401 (defines the operators)
-
-_op = torch.ops.fusedloss
+from . import lapsum_ops as ops
 
 
 def lapsum_top_k(
@@ -42,7 +40,7 @@ def lapsum_top_k(
     lists, x, alpha = _prepared("lapsum_top_k", values, alpha, dim, mask, offsets)
     expect_reverse_mode("lapsum_top_k", k=k)
     k = _per_list("lapsum_top_k", "k", k, lists, values.device, above=False)
-    chosen, _ = _op.lapsum_top_k(x, k, alpha, lists.mask, lists.offsets, largest)
+    chosen, _ = ops.top_k(x, k, alpha, lists.mask, lists.offsets, largest)
     return lists.shaped(chosen).to(values.dtype)
 
 
@@ -66,7 +64,7 @@ def lapsum_rank(
     alpha is a number.
     """
     lists, x, alpha = _prepared("lapsum_rank", values, alpha, dim, mask, offsets)
-    return lists.shaped(_op.lapsum_rank(x, alpha, lists.mask, lists.offsets, descending)[0])
+    return lists.shaped(ops.rank(x, alpha, lists.mask, lists.offsets, descending)[0])
 
 
 def lapsum_sort(
@@ -87,7 +85,7 @@ def lapsum_sort(
     Struski et al. 2025, arXiv 2503.06242.
     """
     lists, x, alpha = _prepared("lapsum_sort", values, alpha, dim, mask, offsets)
-    return lists.shaped(_op.lapsum_sort(x, alpha, lists.mask, lists.offsets, descending)[0]).to(values.dtype)
+    return lists.shaped(ops.sort(x, alpha, lists.mask, lists.offsets, descending)[0]).to(values.dtype)
 
 
 def _prepared(name: str, values: Tensor, alpha, dim: int, mask, offsets) -> tuple[Lists, Tensor, Tensor]:
@@ -95,7 +93,7 @@ def _prepared(name: str, values: Tensor, alpha, dim: int, mask, offsets) -> tupl
     expect(values.is_floating_point(), name, "values", "a floating-point tensor", values.dtype, TypeError)
     expect_reverse_mode(name, values=values, alpha=alpha)
     flat = lists.flat(values)
-    x = flat if flat.dtype in lapsum_ops.NATIVE else flat.float()
+    x = flat if flat.dtype in (torch.float32, torch.float64) else flat.float()
     return lists, x, _per_list(name, "alpha", alpha, lists, values.device, above=True)
 
 

@@ -9,38 +9,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backends.native import _native, address
+from ..backends.native import ALL_DTYPES, _native, address, contiguous
+from ..operators import like, operator, plain_gradients
 from . import comparators as plain
 from .comparators import DISTRIBUTIONS, Comparator, Network, network
-from .derivatives import plain_gradients
 from .engines import engine
 
-_op = torch.ops.fusedloss
 SPEC = "str kind, bool descending, str distribution, float art_lambda"
-TYPES = {torch.float32: 0, torch.float64: 3}
 NUMBERS = {name: i for i, name in enumerate(DISTRIBUTIONS)}
-
-torch.library.define(
-    "fusedloss::network_sort", f"(Tensor x, Tensor steepness, Tensor? active, {SPEC}) -> (Tensor, Tensor)"
-)
-torch.library.define(
-    "fusedloss::network_sort_backward",
-    f"(Tensor gaps, Tensor steepness, Tensor dsorted, Tensor dgaps, {SPEC}) -> (Tensor, Tensor)",
-)
-torch.library.define(
-    "fusedloss::network_push", f"(Tensor gaps, Tensor steepness, Tensor v, bool transposed, {SPEC}) -> Tensor"
-)
-torch.library.define(
-    "fusedloss::network_push_backward",
-    f"(Tensor gaps, Tensor steepness, Tensor v, bool transposed, Tensor dout, bool needs_dv, {SPEC})"
-    " -> (Tensor, Tensor, Tensor)",
-)
 
 
 def _native_network(net: Network, rows: int, dtype: torch.dtype, steepness: Tensor, comparator: Comparator):
     return _native.Network(
         *(rows, net.wires, net.comparators, net.layers, address(net.low), address(net.high), address(net.first)),
-        *(TYPES[dtype], NUMBERS[comparator.distribution], float(steepness), comparator.art_lambda),
+        *(ALL_DTYPES[dtype], NUMBERS[comparator.distribution], float(steepness), comparator.art_lambda),
     )
 
 
@@ -53,7 +35,6 @@ def _totals(rows: int, like: Tensor) -> Tensor:
     return torch.empty(rows, dtype=torch.float64, device=like.device)
 
 
-@torch.library.impl("fusedloss::network_sort", "CompositeExplicitAutograd")
 def _sort(x, steepness, active, kind, descending, distribution, art_lambda):
     net, comparator = network(kind, x.shape[1], descending), Comparator(distribution, art_lambda)
     if engine(x.device, "cpu") == "torch":
@@ -66,32 +47,22 @@ def _sort(x, steepness, active, kind, descending, distribution, art_lambda):
     return sorted, gaps
 
 
-@torch.library.register_fake("fusedloss::network_sort")
 def _sort_fake(x, steepness, active, kind, descending, distribution, art_lambda):
-    gaps = x.new_empty(x.shape[0], plain.count(kind, int(x.shape[1])))
-    return torch.empty_like(x, memory_format=torch.contiguous_format), gaps
+    return like(x), x.new_empty(x.shape[0], plain.count(kind, int(x.shape[1])))
 
 
-@torch.library.impl("fusedloss::network_sort_backward", "CompositeExplicitAutograd")
 def _sort_backward(gaps, steepness, dsorted, dgaps, kind, descending, distribution, art_lambda):
     net, comparator = network(kind, dsorted.shape[1], descending), Comparator(distribution, art_lambda)
     if engine(gaps.device, "cpu") == "torch":
         dx, total = plain.sort_backward(gaps, steepness, dsorted, dgaps, net, comparator)
         return (dx.clone() if dx is dsorted else dx), total
-    gaps, dsorted, dgaps = gaps.contiguous(), dsorted.contiguous(), dgaps.contiguous()
+    gaps, dsorted, dgaps = contiguous(gaps, dsorted, dgaps)
     dx, total = torch.empty_like(dsorted), _totals(len(gaps), gaps)
     given = _native_network(net, len(gaps), gaps.dtype, steepness, comparator)
     _native.network_sort_backward(given, *map(address, (gaps, dsorted, dgaps, dx, total)))
     return dx, total
 
 
-@torch.library.register_fake("fusedloss::network_sort_backward")
-def _sort_backward_fake(gaps, steepness, dsorted, dgaps, kind, descending, distribution, art_lambda):
-    dx = torch.empty_like(dsorted, memory_format=torch.contiguous_format)
-    return dx, gaps.new_empty(gaps.shape[0], dtype=torch.float64)
-
-
-@torch.library.impl("fusedloss::network_push", "CompositeExplicitAutograd")
 def _push(gaps, steepness, v, transposed, kind, descending, distribution, art_lambda):
     net, comparator = network(kind, v.shape[1], descending), Comparator(distribution, art_lambda)
     if engine(gaps.device, "cpu") == "torch":
@@ -104,13 +75,7 @@ def _push(gaps, steepness, v, transposed, kind, descending, distribution, art_la
     return out
 
 
-@torch.library.register_fake("fusedloss::network_push")
-def _push_fake(gaps, steepness, v, transposed, kind, descending, distribution, art_lambda):
-    return v.new_empty(v.shape)
-
-
-@torch.library.impl("fusedloss::network_push_backward", "CompositeExplicitAutograd")
-def _push_backward(gaps, steepness, v, transposed, dout, needs_dv, kind, descending, distribution, art_lambda):
+def _push_backward(gaps, steepness, v, dout, transposed, needs_dv, kind, descending, distribution, art_lambda):
     net, comparator = network(kind, v.shape[1], descending), Comparator(distribution, art_lambda)
     if engine(gaps.device, "cpu") == "torch":
         dgaps, total, dv = plain.push_backward(gaps, steepness, v, transposed, dout, net, comparator)
@@ -123,60 +88,70 @@ def _push_backward(gaps, steepness, v, transposed, dout, needs_dv, kind, descend
     return dgaps, total, dv
 
 
-@torch.library.register_fake("fusedloss::network_push_backward")
-def _push_backward_fake(gaps, steepness, v, transposed, dout, needs_dv, kind, descending, distribution, art_lambda):
-    dgaps = torch.empty_like(gaps, memory_format=torch.contiguous_format)
-    total = gaps.new_empty(gaps.shape[0], dtype=torch.float64)
-    return dgaps, total, v.new_empty(v.shape if needs_dv else 0)
+def _push_backward_fake(gaps, steepness, v, dout, transposed, needs_dv, *spec):
+    return like(gaps), _totals(gaps.shape[0], gaps), v.new_empty(v.shape if needs_dv else 0)
 
 
 # --- autograd --------------------------------------------------------------------------------------------------------
 
 
-def _sort_context(ctx, inputs, output):
-    x, steepness, active, *ctx.spec = inputs
-    ctx.save_for_backward(x, steepness, active, output[1])
+def _steepness_gradient(total: Tensor, steepness: Tensor, needed: bool) -> Tensor | None:
+    return total.sum().to(steepness.device, steepness.dtype) if needed else None
 
 
-def _sort_formula(ctx, dsorted, dgaps):
+def _sort_derivative(ctx, dsorted, dgaps):
     x, steepness, active, gaps = ctx.saved_tensors
     if torch.is_grad_enabled():
-        kind, descending, *rest = ctx.spec
-        net, comparator = network(kind, x.shape[1], descending), Comparator(*rest)
-
-        def formula(x, steepness):
-            return plain.sort(x, steepness, active, net, comparator)
-
-        found = plain_gradients(formula, (x, steepness), (dsorted, dgaps), ctx.needs_input_grad[:2])
-        return *found, None, *(None,) * len(ctx.spec)
-    dx, total = _op.network_sort_backward(gaps, steepness, dsorted, dgaps, *ctx.spec)
-    dsteepness = total.sum().to(steepness.device, steepness.dtype) if ctx.needs_input_grad[1] else None
-    return dx, dsteepness, None, *(None,) * len(ctx.spec)
+        kind, descending, *rest = ctx.options
+        net = network(kind, x.shape[1], descending)
+        formula = lambda x, steepness: plain.sort(x, steepness, active, net, Comparator(*rest))
+        return plain_gradients(formula, (x, steepness), (dsorted, dgaps), ctx.needs_input_grad)
+    dsorted = torch.zeros_like(x) if dsorted is None else dsorted
+    dgaps = torch.zeros_like(gaps) if dgaps is None else dgaps
+    dx, total = sort_backward(gaps, steepness, dsorted, dgaps, *ctx.options)
+    return dx, _steepness_gradient(total, steepness, ctx.needs_input_grad[1])
 
 
-def _push_context(ctx, inputs, output):
-    gaps, steepness, v, ctx.transposed, *ctx.spec = inputs
-    ctx.save_for_backward(gaps, steepness, v)
-
-
-def _push_formula(ctx, dout):
+def _push_derivative(ctx, dout):
     gaps, steepness, v = ctx.saved_tensors
-    needs, after = ctx.needs_input_grad[:3], (None,) * (1 + len(ctx.spec))
+    transposed, *spec = ctx.options
+    needs = ctx.needs_input_grad
     if torch.is_grad_enabled():
-        kind, descending, *rest = ctx.spec
-        net, comparator = network(kind, v.shape[1], descending), Comparator(*rest)
-
-        def formula(gaps, steepness, v):
-            return (plain.push(gaps, steepness, v, ctx.transposed, net, comparator),)
-
-        return *plain_gradients(formula, (gaps, steepness, v), (dout,), needs), *after
+        kind, descending, *rest = spec
+        net = network(kind, v.shape[1], descending)
+        formula = lambda *inputs: (plain.push(*inputs, transposed, net, Comparator(*rest)),)
+        return plain_gradients(formula, (gaps, steepness, v), (dout,), needs)
     if not needs[0] and not needs[1]:
-        dv = _op.network_push(gaps, steepness, dout, not ctx.transposed, *ctx.spec)
-        return None, None, dv, *after
-    dgaps, total, dv = _op.network_push_backward(gaps, steepness, v, ctx.transposed, dout, needs[2], *ctx.spec)
-    dsteepness = total.sum().to(steepness.device, steepness.dtype) if needs[1] else None
-    return dgaps, dsteepness, dv if needs[2] else None, *after
+        return None, None, push(gaps, steepness, dout, not transposed, *spec)
+    dgaps, total, dv = push_backward(gaps, steepness, v, dout, transposed, needs[2], *spec)
+    return dgaps, _steepness_gradient(total, steepness, needs[1]), dv if needs[2] else None
 
 
-torch.library.register_autograd("fusedloss::network_sort", _sort_formula, setup_context=_sort_context)
-torch.library.register_autograd("fusedloss::network_push", _push_formula, setup_context=_push_context)
+sort = operator(
+    "network_sort",
+    f"(Tensor x, Tensor steepness, Tensor? active, {SPEC}) -> (Tensor, Tensor)",
+    _sort,
+    _sort_fake,
+    _sort_derivative,
+    keep=lambda inputs, outputs: (*inputs[:3], outputs[1]),
+)
+sort_backward = operator(
+    "network_sort_backward",
+    f"(Tensor gaps, Tensor steepness, Tensor dsorted, Tensor dgaps, {SPEC}) -> (Tensor, Tensor)",
+    _sort_backward,
+    lambda gaps, steepness, dsorted, *_: (like(dsorted), _totals(gaps.shape[0], gaps)),
+)
+push = operator(
+    "network_push",
+    f"(Tensor gaps, Tensor steepness, Tensor v, bool transposed, {SPEC}) -> Tensor",
+    _push,
+    lambda gaps, steepness, v, *_: v.new_empty(v.shape),
+    _push_derivative,
+)
+push_backward = operator(
+    "network_push_backward",
+    f"(Tensor gaps, Tensor steepness, Tensor v, Tensor dout, bool transposed, bool needs_dv, {SPEC})"
+    " -> (Tensor, Tensor, Tensor)",
+    _push_backward,
+    _push_backward_fake,
+)

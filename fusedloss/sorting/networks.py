@@ -7,11 +7,10 @@ from torch import Tensor
 
 from ..checks import check_constant, check_number, expect, expect_reverse_mode, fixed
 from ..lists import lists_of
-from . import network_ops  # noqa: F401 (defines the operators)
+from . import network_ops as ops
 from .comparators import DISTRIBUTIONS, KINDS
 from .relaxed_permutation import RelaxedPermutation
 
-_op = torch.ops.fusedloss
 NAME = "SortingNetwork"
 
 
@@ -68,14 +67,14 @@ class SortingNetwork(RelaxedPermutation):
             steepness = torch.full((), fixed(steepness), dtype=torch.float64, device="cpu")
         self._given = steepness, (kind, descending, distribution, float(fixed(art_lambda)))
         steepness, spec = self._given
-        flat, self._gaps = _op.network_sort(self.lists.flat(values).to(self.dtype), steepness, None, *spec)
+        flat, self._gaps = ops.sort(self.lists.flat(values).to(self.dtype), steepness, None, *spec)
         self.sorted = self.lists.shaped(flat).to(values.dtype)
 
     def _product(self, v: Tensor) -> Tensor:
         """(rows, n, c) → P v."""
         steepness, spec = self._given
-        return _op.network_push(self._gaps.to(v.dtype), steepness, v, False, *spec)
+        return ops.push(self._gaps.to(v.dtype), steepness, v, False, *spec)
 
     def _transposed_product(self, u: Tensor) -> Tensor:
         steepness, spec = self._given
-        return _op.network_push(self._gaps.to(u.dtype), steepness, u, True, *spec)
+        return ops.push(self._gaps.to(u.dtype), steepness, u, True, *spec)

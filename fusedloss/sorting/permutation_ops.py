@@ -9,31 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backends.native import _native, address
+from ..backends.native import ALL_DTYPES, _native, address, contiguous, native_lists
+from ..operators import like, more_rows, operator
 from . import permutation_torch as plain
 from .engines import engine
 
 LAYOUT = "Tensor? counts, Tensor? offsets, int relaxation"
-SCHEMAS = {
-    # where in all lists' items the k-th item of each list's sort lies; what is masked out comes last
-    "permutation_order": "(Tensor scores, Tensor? mask, Tensor? offsets) -> Tensor",
-    # P v, rest, deviation
-    "permutation_product": f"(Tensor t, Tensor tau, Tensor v, {LAYOUT}) -> (Tensor, Tensor, Tensor)",
-    # P^T u, rest
-    "permutation_transposed": f"(Tensor t, Tensor tau, Tensor u, {LAYOUT}) -> (Tensor, Tensor)",
-    # of u^T P v in t, tau, v; without v of u^T rest, and an empty third
-    "permutation_gradient": "(Tensor t, Tensor tau, Tensor rest, Tensor u, Tensor? v, Tensor? deviation, "
-    f"{LAYOUT}) -> (Tensor, Tensor, Tensor)",
-}
-for name, schema in SCHEMAS.items():
-    torch.library.define(f"fusedloss::{name}", schema)
-order, product, transposed, gradient = (getattr(torch.ops.fusedloss, name).default for name in SCHEMAS)
-
-NATIVE = {torch.float32: 0, torch.float64: 3}
-
-
-def _rows(like: Tensor, offsets: Tensor | None) -> tuple[int, int]:
-    return (like.shape[0], like.shape[1]) if offsets is None else (len(offsets) - 1, 0)
 
 
 def _engine(t: Tensor) -> str:
@@ -42,18 +23,18 @@ def _engine(t: Tensor) -> str:
 
 
 def _given(t: Tensor, tau: Tensor, columns: int, counts: Tensor | None, offsets: Tensor | None, relaxation: int):
+    rows, width, offsets, _ = native_lists(t, offsets)
     return _native.Permutation(
-        *_rows(t, offsets), address(offsets), address(counts), address(tau), columns, NATIVE[t.dtype], relaxation
+        rows, width, offsets, address(counts), address(tau), columns, ALL_DTYPES[t.dtype], relaxation
     )
 
 
-@torch.library.impl("fusedloss::permutation_order", "CompositeExplicitAutograd")
 def _order(scores: Tensor, mask: Tensor | None, offsets: Tensor | None) -> Tensor:
     if engine(scores.device, "cpu") == "cpu":
-        scores, index = scores.contiguous(), torch.empty(scores.shape, dtype=torch.int64, device=scores.device)
-        mask = None if mask is None else mask.contiguous()
-        layout = *_rows(scores, offsets), address(offsets), address(mask)
-        _native.permutation_order(*layout, NATIVE[scores.dtype], scores.data_ptr(), index.data_ptr())
+        scores, mask = contiguous(scores, mask)
+        index = torch.empty_like(scores, dtype=torch.int64)
+        given = *native_lists(scores, offsets, mask), ALL_DTYPES[scores.dtype]
+        _native.permutation_order(*given, address(scores), address(index))
         return index
     if offsets is None:
         index = scores.sort(dim=-1, descending=True, stable=True).indices
@@ -67,13 +48,12 @@ def _order(scores: Tensor, mask: Tensor | None, offsets: Tensor | None) -> Tenso
     return index[row[index].sort(stable=True).indices]
 
 
-@torch.library.impl("fusedloss::permutation_product", "CompositeExplicitAutograd")
 def _product(t, tau, v, counts, offsets, relaxation):
     if (found := _engine(t)) == "cpu":
-        t, tau, v = t.contiguous(), tau.contiguous(), v.contiguous()
+        t, tau, v = contiguous(t, tau, v)
         y, rest, deviation = torch.empty_like(v), torch.empty_like(t), torch.empty_like(v)
         given = _given(t, tau, v.shape[-1], counts, offsets, relaxation)
-        _native.permutation_product(given, *(x.data_ptr() for x in (t, v, y, rest, deviation)))
+        _native.permutation_product(given, *map(address, (t, v, y, rest, deviation)))
         return y, rest, deviation
     if found == "triton":
         from . import permutation_triton as device
@@ -83,13 +63,12 @@ def _product(t, tau, v, counts, offsets, relaxation):
     return tuple(plain.over_lists(run, (t, v), (tau,), counts, offsets))
 
 
-@torch.library.impl("fusedloss::permutation_transposed", "CompositeExplicitAutograd")
 def _transposed(t, tau, u, counts, offsets, relaxation):
     if (found := _engine(t)) == "cpu":
         _, rest, _ = product(t, tau, u[..., :0], counts, offsets, relaxation)
-        t, tau, u = t.contiguous(), tau.contiguous(), u.contiguous()
+        t, tau, u = contiguous(t, tau, u)
         x, given = torch.empty_like(u), _given(t, tau, u.shape[-1], counts, offsets, relaxation)
-        _native.permutation_transposed(given, *(x.data_ptr() for x in (t, rest, u, x)))
+        _native.permutation_transposed(given, *map(address, (t, rest, u, x)))
         return x, rest
     if found == "triton":
         from . import permutation_triton as device
@@ -99,14 +78,12 @@ def _transposed(t, tau, u, counts, offsets, relaxation):
     return tuple(plain.over_lists(run, (t, u), (tau,), counts, offsets))
 
 
-@torch.library.impl("fusedloss::permutation_gradient", "CompositeExplicitAutograd")
 def _gradient(t, tau, rest, u, v, deviation, counts, offsets, relaxation):
     if (found := _engine(t)) == "cpu":
-        t, tau, rest, u = (x.contiguous() for x in (t, tau, rest, u))
-        v, deviation = (None if x is None else x.contiguous() for x in (v, deviation))
+        t, tau, rest, u, v, deviation = contiguous(t, tau, rest, u, v, deviation)
         dt, dtau, x = torch.empty_like(t), torch.empty_like(tau), None if v is None else torch.empty_like(u)
         given = _given(t, tau, u.shape[-1], counts, offsets, relaxation)
-        _native.permutation_gradient(given, *(address(a) for a in (t, rest, u, v, deviation, dt, dtau, x)))
+        _native.permutation_gradient(given, *map(address, (t, rest, u, v, deviation, dt, dtau, x)))
         return dt, dtau, u.new_empty(0) if x is None else x
     if found == "triton":
         from . import permutation_triton as device
@@ -118,120 +95,94 @@ def _gradient(t, tau, rest, u, v, deviation, counts, offsets, relaxation):
     return dt, dtau, u.new_empty(0) if x is None else x
 
 
-# --- shapes ----------------------------------------------------------------------------------------------------------
-
-
-@torch.library.register_fake("fusedloss::permutation_order")
-def _(scores, mask, offsets):
-    return torch.empty(scores.shape, dtype=torch.int64, device=scores.device)
-
-
-def _like(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-@torch.library.register_fake("fusedloss::permutation_product")
-def _(t, tau, v, counts, offsets, relaxation):
-    return _like(v), _like(t), _like(v)
-
-
-@torch.library.register_fake("fusedloss::permutation_transposed")
-def _(t, tau, u, counts, offsets, relaxation):
-    return _like(u), _like(t)
-
-
-@torch.library.register_fake("fusedloss::permutation_gradient")
-def _(t, tau, rest, u, v, deviation, counts, offsets, relaxation):
-    return _like(t), _like(tau), u.new_empty(0) if v is None else _like(u)
-
-
 # --- derivatives -----------------------------------------------------------------------------------------------------
 
 
-def _keep_product(ctx, inputs, output):
-    t, tau, v, counts, offsets, ctx.relaxation = inputs
-    ctx.save_for_backward(t, tau, v, counts, offsets, *output[1:])
-
-
-def _product_backward(ctx, dy, drest, _):
+def _product_derivative(ctx, dy, drest, _):
     """`rest` has a gradient where v has no columns: it is asked for alone, or not at all."""
     t, tau, v, counts, offsets, rest, deviation = ctx.saved_tensors
-    layout = counts, offsets, ctx.relaxation
+    layout = counts, offsets, *ctx.options
     if v.shape[-1] == 0:
+        if drest is None:
+            return ()
         dt, dtau, _ = gradient(t, tau, rest, drest.unsqueeze(-1), None, None, *layout)
-        return dt, dtau, torch.zeros_like(v), None, None, None
+        return dt, dtau, torch.zeros_like(v)
+    if dy is None:
+        return ()
     if not (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]):
-        return None, None, transposed(t, tau, dy, *layout)[0], None, None, None
-    return *gradient(t, tau, rest, dy, v, deviation, *layout), None, None, None
+        return None, None, transposed(t, tau, dy, *layout)[0]
+    return gradient(t, tau, rest, dy, v, deviation, *layout)
 
 
-def _keep_transposed(ctx, inputs, output):
-    t, tau, u, counts, offsets, ctx.relaxation = inputs
-    ctx.save_for_backward(t, tau, u, counts, offsets)
-
-
-def _transposed_backward(ctx, dx, _):
+def _transposed_derivative(ctx, dx, _):
+    if dx is None:
+        return ()
     t, tau, u, counts, offsets = ctx.saved_tensors
-    layout = counts, offsets, ctx.relaxation
+    layout = counts, offsets, *ctx.options
     du, rest, deviation = product(t, tau, dx, *layout)
     dt = dtau = None
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
         dt, dtau, _ = gradient(t, tau, rest, u, dx, deviation, *layout)
-    return dt, dtau, du, None, None, None
+    return dt, dtau, du
 
 
-def _keep_gradient(ctx, inputs, output):
-    t, tau, _, u, v, _, counts, offsets, ctx.relaxation = inputs
-    ctx.save_for_backward(t, tau, u, v, counts, offsets)
-
-
-def _gradient_backward(ctx, *by):
+def _gradient_derivative(ctx, by_t, by_tau, by_v):
     """By the plain formula, of which rest and deviation are a part: no gradient is left for them."""
     t, tau, u, v, counts, offsets = ctx.saved_tensors
-    by_t, by_tau, by_v = by[0], by[1], None if v is None else by[2]
+    by_t, by_tau, by_v = (
+        torch.zeros_like(x) if g is None and x is not None else g for g, x in ((by_t, t), (by_tau, tau), (by_v, v))
+    )
+    by_v = None if v is None else by_v
 
     def run(t, u, v, by_t, by_v, tau, by_tau, counts):
-        return plain.second_gradient(ctx.relaxation, t, tau, u, v, counts, (by_t, by_tau, by_v))
+        return plain.second_gradient(*ctx.options, t, tau, u, v, counts, (by_t, by_tau, by_v))
 
     dt, dtau, du, dv = plain.over_lists(run, (t, u, v, by_t, by_v), (tau, by_tau), counts, offsets)
-    return dt, dtau, None, du, dv, None, None, None, None
+    return dt, dtau, None, du, dv
 
 
-for op, backward, keep in (
-    (product, _product_backward, _keep_product),
-    (transposed, _transposed_backward, _keep_transposed),
-    (gradient, _gradient_backward, _keep_gradient),
-):
-    torch.library.register_autograd(op, backward, setup_context=keep)
+def _order_of_rows(op, size: int, dims, inputs):
+    """Each sample's order begins at its own first item."""
+    found, dim = more_rows(op, size, dims, inputs)
+    first = torch.arange(size, device=found.device) * found[0].numel()
+    return found - first.reshape(-1, *[1] * (found.dim() - 1)), dim
 
 
-# --- vmap: more rows -------------------------------------------------------------------------------------------------
-
-
-def _batched(op):
-    def run(info, in_dims, *args):
-        size = info.batch_size
-        offsets = args[-1] if op is order else args[-2]
-        if offsets is not None:
-            raise NotImplementedError("fusedloss.sorting: vmap: lists of one length, not offsets")
-
-        def joined(x, dim):
-            if not isinstance(x, Tensor):
-                return x
-            x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
-            return x.reshape(size * x.shape[1], *x.shape[2:])
-
-        def split(x):
-            return x.reshape(size, x.shape[0] // size, *x.shape[1:])
-
-        found = op(*(joined(x, dim) for x, dim in zip(args, in_dims)))
-        if op is order:  # from the first item of each sample on
-            found = split(found)
-            return found - torch.arange(size, device=found.device).view(-1, 1, 1) * found[0].numel(), 0
-        return tuple(split(x) if x.dim() > 0 and x.shape[0] else x for x in found), (0,) * len(found)
-
-    return run
-
-
-for op in (order, product, transposed, gradient):
-    torch.library.register_vmap(op, _batched(op))
+# Where in all lists' items the k-th item of each list's sort lies; what is masked out comes last.
+order = operator(
+    "permutation_order",
+    "(Tensor scores, Tensor? mask, Tensor? offsets) -> Tensor",
+    _order,
+    lambda scores, *_: like(scores).to(torch.int64),
+    vmap=_order_of_rows,
+)
+# P v, rest, deviation.
+product = operator(
+    "permutation_product",
+    f"(Tensor t, Tensor tau, Tensor v, {LAYOUT}) -> (Tensor, Tensor, Tensor)",
+    _product,
+    lambda t, tau, v, *_: (like(v), like(t), like(v)),
+    _product_derivative,
+    keep=lambda inputs, outputs: (*inputs[:5], *outputs[1:]),
+    vmap=more_rows,
+)
+# P^T u, rest.
+transposed = operator(
+    "permutation_transposed",
+    f"(Tensor t, Tensor tau, Tensor u, {LAYOUT}) -> (Tensor, Tensor)",
+    _transposed,
+    lambda t, tau, u, *_: (like(u), like(t)),
+    _transposed_derivative,
+    vmap=more_rows,
+)
+# Of u^T P v in t, tau, v; without v of u^T rest, and an empty third.
+gradient = operator(
+    "permutation_gradient",
+    "(Tensor t, Tensor tau, Tensor rest, Tensor u, Tensor? v, Tensor? deviation, "
+    f"{LAYOUT}) -> (Tensor, Tensor, Tensor)",
+    _gradient,
+    lambda t, tau, rest, u, v, *_: (like(t), like(tau), u.new_empty(0) if v is None else like(u)),
+    _gradient_derivative,
+    keep=lambda inputs, outputs: (*inputs[:2], *inputs[3:5], *inputs[6:8]),
+    vmap=more_rows,
+)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..backends.native import ALL_DTYPES
 from ..checks import check_number, expect, visible
 from ..lists import Lists, lists_of
-from . import projection
+from .projection import OPERATORS
 
 REGULARIZATIONS = ("l2", "kl")
 
@@ -82,15 +83,15 @@ def soft_sort(
 def _project(name, values, regularization, strength, dim, descending, mask, offsets) -> Tensor:
     if mask is None and offsets is None and type(strength) is float and not torch.compiler.is_compiling():
         # Nothing to check and nothing to move: small inputs are common.
-        plain = isinstance(values, Tensor) and values.dim() == 2 and values.dtype in projection.TYPES
+        plain = isinstance(values, Tensor) and values.dim() == 2 and values.dtype in ALL_DTYPES
         if plain and dim in (-1, 1) and 0 <= strength < torch.inf and regularization in REGULARIZATIONS:
             kl = regularization == "kl"
-            return projection.call(name, values.contiguous(), None, None, None, strength, kl, bool(descending))
+            return OPERATORS[name](values.contiguous(), None, None, None, strength, kl, bool(descending))[0]
     lists = lists_of(name, values, dim, mask, offsets)
     if not values.is_floating_point() and not values.is_complex():
         values = values.to(torch.get_default_dtype())
     supported = "float64, float32, bfloat16, float16 or integers"
-    expect(values.dtype in projection.TYPES, name, "values", supported, values.dtype, TypeError)
+    expect(values.dtype in ALL_DTYPES, name, "values", supported, values.dtype, TypeError)
     return lists.shaped(on_lists(name, lists, lists.flat(values), regularization, strength, descending))
 
 
@@ -112,7 +113,7 @@ def on_lists(
     if isinstance(strength, Tensor):
         strengths, strength = _strengths(name, lists, values, strength), 0.0
     call = strengths, lists.mask, lists.offsets, float(strength), regularization == "kl", bool(descending)
-    return projection.call(name, values, *call)
+    return OPERATORS[name](values, *call)[0]
 
 
 def _strengths(name: str, lists: Lists, values: Tensor, strength: Tensor) -> Tensor:

@@ -7,19 +7,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backends.native import DTYPES, _native, address
+from ..backends.native import ALL_DTYPES, DTYPES, _native, address
 from ..lists import Lists
 from .engines import engine
 
 SPARSEMAX, ENTMAX15 = 0, 1
-KINDS = {**DTYPES, torch.float64: 3}
 NEWTON, HALVINGS = 8, 40  # steps; a CPU stops as soon as all rows are done
 
 
 def _native_rows(kind: int, lists: Lists, z: Tensor, out: Tensor | None, out_stride: int):
     width = 0 if z.numel() == 0 else int(lists.offsets.diff().max()) if lists.offsets is not None else z.shape[1]
     stride = z.stride(0) if z.dim() == 2 else 0
-    given = KINDS[z.dtype], z.data_ptr(), stride, KINDS[z.dtype if out is None else out.dtype], address(out), out_stride
+    given = ALL_DTYPES[z.dtype], z.data_ptr(), stride, ALL_DTYPES[z.dtype if out is None else out.dtype], address(out), out_stride
     return _native.Threshold(kind, lists.rows, width, address(lists.offsets), *given)
 
 
@@ -28,7 +27,7 @@ def who(z: Tensor, lists: Lists) -> str:
     found = engine(z.device, "cpu", "triton")
     if found == "triton" and (z.dtype not in DTYPES or lists.offsets is not None):
         return "torch"
-    return found if z.dtype in KINDS and z.numel() else "torch"
+    return found if z.dtype in ALL_DTYPES and z.numel() else "torch"
 
 
 def _launched(which: str, device: torch.device, *given) -> None:
