@@ -104,8 +104,9 @@ def more_rows(op, size: int, dims: Sequence, inputs: Sequence) -> tuple:
     The last tensor is `offsets`, of every sample its own.
     """
     tensors = [x for x, kind in zip(inputs, op._schema.arguments) if "Tensor" in str(kind.type)]
-    front = [t if t is None else t.expand(size, *t.shape) if d is None else t.movedim(d, 0) for t, d in zip(tensors, dims)]
-    *tensors, offsets = front
+    tensors = [t if t is None or d is None else t.movedim(d, 0) for t, d in zip(tensors, dims)]
+    tensors = [t.expand(size, *t.shape) if t is not None and d is None else t for t, d in zip(tensors, dims)]
+    *tensors, offsets = tensors
     tensors = [t if t is None else t.flatten(0, 1) for t in tensors]
     if offsets is not None:
         items = len(tensors[0]) // size

@@ -18,7 +18,8 @@ NEWTON, HALVINGS = 8, 40  # steps; a CPU stops as soon as all rows are done
 def _native_rows(kind: int, lists: Lists, z: Tensor, out: Tensor | None, out_stride: int):
     width = 0 if z.numel() == 0 else int(lists.offsets.diff().max()) if lists.offsets is not None else z.shape[1]
     stride = z.stride(0) if z.dim() == 2 else 0
-    given = ALL_DTYPES[z.dtype], z.data_ptr(), stride, ALL_DTYPES[z.dtype if out is None else out.dtype], address(out), out_stride
+    into = ALL_DTYPES[z.dtype if out is None else out.dtype], address(out), out_stride
+    given = ALL_DTYPES[z.dtype], z.data_ptr(), stride, *into
     return _native.Threshold(kind, lists.rows, width, address(lists.offsets), *given)
 
 
