@@ -10,6 +10,25 @@ fl_permutahedron make(int64_t rows, int64_t width, Address offsets, Address mask
   return {lists, pointer<const double>(strengths), strength, dtype, kl, descending, items};
 }
 
+void raise_if(int status) {
+  if (status) throw std::runtime_error(fl_error());
+}
+
+void add_forward(py::module_& m, const char* name, decltype(fl_cuda_soft_rank)* launch) {
+  m.def(name, [launch](const fl_permutahedron& p, Address x, Address out, Address order, Address workspace,
+                       int64_t bytes, Address stream) {
+    raise_if(launch(&p, pointer(x), pointer(out), pointer<int32_t>(order), pointer(workspace), bytes, pointer(stream)));
+  });
+}
+
+void add_backward(py::module_& m, const char* name, decltype(fl_cuda_soft_rank_backward)* launch) {
+  m.def(name, [launch](const fl_permutahedron& p, Address x, Address order, Address g, Address dx, Address dstrength,
+                       Address workspace, int64_t bytes, Address stream) {
+    raise_if(launch(&p, pointer(x), pointer<int32_t>(order), pointer(g), pointer(dx), pointer<double>(dstrength),
+                    pointer(workspace), bytes, pointer(stream)));
+  });
+}
+
 }  // namespace
 
 // Defined here, called by bindings.cpp.
@@ -44,22 +63,8 @@ void add_permutahedron(py::module_& m) {
   m.def("cuda_soft_rank_backward_workspace", [](const P& p) { return fl_cuda_soft_rank_backward_workspace(&p); });
   m.def("cuda_soft_sort_workspace", [](const P& p) { return fl_cuda_soft_sort_workspace(&p); });
   m.def("cuda_soft_sort_backward_workspace", [](const P& p) { return fl_cuda_soft_sort_backward_workspace(&p); });
-  m.def("cuda_soft_rank", [](const P& p, Address x, Address ranks, Address order, Address workspace, int64_t bytes, Address stream) {
-    raise_if(fl_cuda_soft_rank(&p, pointer<void>(x), pointer<void>(ranks), pointer<int32_t>(order), pointer<void>(workspace),
-                               bytes, pointer<void>(stream)));
-  });
-  m.def("cuda_soft_sort", [](const P& p, Address x, Address sorted, Address order, Address workspace, int64_t bytes, Address stream) {
-    raise_if(fl_cuda_soft_sort(&p, pointer<void>(x), pointer<void>(sorted), pointer<int32_t>(order), pointer<void>(workspace),
-                               bytes, pointer<void>(stream)));
-  });
-  m.def("cuda_soft_rank_backward", [](const P& p, Address x, Address order, Address g, Address dx, Address dstrength,
-                                      Address workspace, int64_t bytes, Address stream) {
-    raise_if(fl_cuda_soft_rank_backward(&p, pointer<void>(x), pointer<int32_t>(order), pointer<void>(g), pointer<void>(dx),
-                                        pointer<double>(dstrength), pointer<void>(workspace), bytes, pointer<void>(stream)));
-  });
-  m.def("cuda_soft_sort_backward", [](const P& p, Address x, Address order, Address g, Address dx, Address dstrength,
-                                      Address workspace, int64_t bytes, Address stream) {
-    raise_if(fl_cuda_soft_sort_backward(&p, pointer<void>(x), pointer<int32_t>(order), pointer<void>(g), pointer<void>(dx),
-                                        pointer<double>(dstrength), pointer<void>(workspace), bytes, pointer<void>(stream)));
-  });
+  add_forward(m, "cuda_soft_rank", fl_cuda_soft_rank);
+  add_forward(m, "cuda_soft_sort", fl_cuda_soft_sort);
+  add_backward(m, "cuda_soft_rank_backward", fl_cuda_soft_rank_backward);
+  add_backward(m, "cuda_soft_sort_backward", fl_cuda_soft_sort_backward);
 }

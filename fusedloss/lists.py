@@ -113,7 +113,12 @@ class Lists:
 
 
 def lists_of(
-    name: str, values: Tensor, dim: int = -1, mask: Tensor | None = None, offsets: Tensor | None = None, argument="values"
+    name: str,
+    values: Tensor,
+    dim: int = -1,
+    mask: Tensor | None = None,
+    offsets: Tensor | None = None,
+    argument: str = "values",
 ) -> Lists:
     """Checks how a caller of `name` lays out his lists."""
     expect(isinstance(values, Tensor), name, argument, "a tensor", type(values).__name__, TypeError)

@@ -55,12 +55,12 @@ from .list_loss import (
 from .loss import Loss
 from .pair import (
     AUCLoss,
-    BPRLoss,
     BiXSELoss,
-    CWCLLoss,
+    BPRLoss,
     CircleLoss,
     ClipLoss,
     CosineContrastiveLoss,
+    CWCLLoss,
     InfoNCELoss,
     MarginSoftmaxLoss,
     MultiSimilarityLoss,

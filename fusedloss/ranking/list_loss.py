@@ -55,7 +55,8 @@ def list_loss(function: Callable) -> Callable:
         if list_weight is not None:
             right = isinstance(list_weight, Tensor)
             expect(right, name, "list_weight", "a tensor", type(list_weight).__name__, TypeError)
-            expect(list_weight.shape == lists.leading, name, "list_weight", f"shape {tuple(lists.leading)}", list_weight)
+            right = list_weight.shape == lists.leading
+            expect(right, name, "list_weight", f"shape {tuple(lists.leading)}", list_weight)
             losses = losses * list_weight.reshape(-1).to(wide)
         if reduction == "none":
             return losses.reshape(lists.leading)
