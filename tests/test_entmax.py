@@ -63,7 +63,7 @@ def test_any_dimension(f, dim, backend):
 @pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("size", [1e-4, 1.0, 30.0])
 def test_values(f, dtype, size, backend):
-    for n in (1, 2, 15, 16, 17, 64, 333):
+    for n in (1, 2, 15, 17, 333):
         z = (size * torch.randn(9, n)).to(dtype)
         before = z.clone()
         p, wanted = f(z), truth(f, z)

@@ -64,10 +64,7 @@ def close(got, truth, tolerance, floor=0.0):
         assert error <= tolerance * max(b.norm().item(), floor), f"result {i}: {error} of {b.norm().item()}"
 
 
-@pytest.mark.parametrize(
-    "dtype, tau",
-    [(F64, 1e-3), (torch.float32, 1e-3), (F64, 0.1), (torch.float32, 1.0), (F64, 1.0), (torch.float32, 1e3)],
-)
+@pytest.mark.parametrize("dtype, tau", [(F64, 1e-3), (torch.float32, 0.1), (F64, 1.0), (torch.float32, 1e3)])
 def test_products_and_gradients_are_those_of_the_matrix(backend, kind, dtype, tau):
     tolerance = 1e-11 if dtype == F64 else 2e-5
     for n, columns, ties in ((1, 1, False), (40, 1, True), (75, 5, False), (33, 2, True)):
@@ -235,7 +232,7 @@ def test_derivatives_of_any_order(backend, kind):
         p = kind.make(s, tau, mask=mask)
         return torch.stack([p @ v, p.T @ v]).sin().sum(0), p.cross_entropy(permutation)
 
-    assert torch.autograd.gradcheck(all_of_it, (s, tau, v))
+    assert torch.autograd.gradcheck(all_of_it, (s, tau, v), fast_mode=True)
     assert torch.autograd.gradgradcheck(all_of_it, (s, tau, v), fast_mode=True)
     once = lambda s, v: torch.autograd.grad((kind.make(s, 0.7) @ v).pow(2).sum(), s, create_graph=True)[0]
     assert torch.autograd.gradgradcheck(once, (leaf(s[:1, :3]), leaf(v[:1, :3])), fast_mode=True)

@@ -40,8 +40,8 @@ def truth(name: str, regularization: str, x: torch.Tensor, strength, descending=
 @four
 @pytest.mark.parametrize("descending, strength", [(False, 0.01), (True, 0.3), (True, 1.0), (False, 7.0), (True, 40.0)])
 def test_values_and_gradients_are_those_of_the_definition(backend, name, regularization, descending, strength):
-    x = (2 * torch.randn(3, 9, dtype=F64)).requires_grad_()
-    e = torch.tensor([strength, 2 * strength, strength], dtype=F64, requires_grad=True)
+    x = (2 * torch.randn(2, 7, dtype=F64)).requires_grad_()
+    e = torch.tensor([strength, 2 * strength], dtype=F64, requires_grad=True)
     found = OPERATORS[name](x, regularization, e, descending=descending)
     wanted = truth(name, regularization, x, e, descending)
     g = torch.randn_like(wanted)
@@ -359,11 +359,11 @@ def test_half_precision_is_fp32_of_the_same_values(backend, name, regularization
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_of_a_long_row(name, regularization, dtype):
     compiled_only()
-    half = torch.randn(1, 100_000).to(dtype).requires_grad_()
+    half = torch.randn(1, 30_000).to(dtype).requires_grad_()
     exact = half.detach().double().requires_grad_()
     found, wanted = (OPERATORS[name](x, regularization, 1e-4) for x in (half, exact))
     torch.testing.assert_close(found, wanted.to(found.dtype))
-    g = torch.randn(1, 100_000).to(found.dtype)
+    g = torch.randn(1, 30_000).to(found.dtype)
     a, b = torch.autograd.grad(found, half, g)[0], torch.autograd.grad(wanted, exact, g.double())[0]
     torch.testing.assert_close(a, b.to(dtype))
 
@@ -405,10 +405,10 @@ def test_a_million_items(name, regularization):
 @pytest.mark.parametrize("name", OPERATORS)
 @pytest.mark.parametrize("shift", [89.0, -104.0, 1e4, -1e4])
 def test_kl_does_not_overflow(backend, name, shift):
-    x = torch.rand(1, 20, requires_grad=True)
+    x = torch.rand(1, 10, requires_grad=True)
     for strength in (1.0, 0.01, 1e-3):
         y = OPERATORS[name](x + shift, "kl", strength)
-        g = torch.randn(1, 20)
+        g = torch.randn(1, 10)
         (dx,) = torch.autograd.grad(y, x, g)
         shifted = (x + shift).detach().double().requires_grad_()
         wanted = truth(name, "kl", shifted, strength)

@@ -22,12 +22,13 @@ def sparsemax_loss(scores, target):
 def reference(logits: Tensor, target: Tensor) -> Tensor:
     """(N,) losses, densely, by sorting."""
     falling = logits.sort(1, descending=True).values
-    falling = torch.where(falling == -torch.inf, -torch.inf, falling - falling[:, :1])
+    top = falling[:, :1].detach()  # a shift changes nothing; of equal scores autograd would pick one
+    falling = torch.where(falling == -torch.inf, -torch.inf, falling - top)
     count = torch.arange(1, logits.shape[1] + 1, dtype=logits.dtype, device=logits.device)
     total = falling.cumsum(1)
     size = (1 + count * falling > total).sum(1, keepdim=True)
     tau = (total.gather(1, size - 1) - 1) / size
-    z = torch.where(logits == -torch.inf, -1e30, logits - logits.max(1, keepdim=True).values)
+    z = torch.where(logits == -torch.inf, -1e30, logits - top)
     p = torch.relu(z - tau)
     return (1 - p.square().sum(1)) / 2 + (p * z).sum(1) - z.gather(1, target[:, None])[:, 0]
 
