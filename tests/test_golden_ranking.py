@@ -34,7 +34,7 @@ CALLS = {
     "listmle": ("list_mle_loss", {}),
     "p_listmle": ("p_list_mle_loss", {}),
     "approxndcg": ("approx_ndcg_loss", {}),
-    "approxndcg_tfr": ("approx_ndcg_loss", dict(alpha=10.0)),
+    "approxndcg_tfr": ("approx_ndcg_loss", dict(temperature=0.1)),
     "neuralndcg": ("neural_ndcg_loss", {}),
     "neuralndcg_k3": ("neural_ndcg_loss", dict(k=3)),
     "neuralndcg_transposed": ("neural_ndcg_loss", dict(transposed=True)),

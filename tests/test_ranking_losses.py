@@ -102,7 +102,7 @@ def test_huge_scores(module, case, backend):
 def test_mask_and_offsets_are_single_lists(module, case, backend):
     loss, dtype = function_of(module), torch.float32 if case is module.CASES[0] else F64
     lists = [random_lists(n, dtype=dtype) for n in LENGTHS]
-    singles = [value_and_gradient(loss, s, r, **case) for s, r in lists]
+    singles = [value_and_gradient(loss, s, r, reduction="sum", **case) for s, r in lists]
     losses, gradients = torch.stack([v for v, _ in singles]), [g for _, g in singles]
     close = dict(rtol=1e-11, atol=1e-13) if dtype == F64 else dict(rtol=1e-4, atol=1e-6)
 
@@ -325,7 +325,7 @@ def test_nan_relevance_is_seen(module, case):
 @pytest.mark.parametrize("powered", [True, False])
 def test_approx_ndcg_without_gains(powered):
     scores, relevance = torch.randn(2, 3), torch.tensor([[-1.0, -2.0, -3.0], [-200.0, -201.0, -300.0]])
-    value, gradient = value_and_gradient(ranking.approx_ndcg_loss, scores, relevance, powered=powered)
+    value, gradient = value_and_gradient(ranking.approx_ndcg_loss, scores, relevance, powered_relevancies=powered)
     assert value == 0 and (gradient == 0).all()
 
 

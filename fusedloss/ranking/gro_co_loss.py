@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_constant, check_integer, check_number, expect
+from ..checks import check_integer, check_number, expect
 from ..sorting.comparators import DISTRIBUTIONS
 from ..sorting.group_ordering import group_ordering
 from .list_loss import list_loss, spoilt
@@ -13,7 +13,9 @@ NAME = "gro_co_loss"
 
 
 @list_loss
-def gro_co_loss(lists, scores, relevance, k: int = 10, steepness: float | Tensor = 1.0, distribution: str = "cauchy"):
+def gro_co_loss(
+    lists, scores, relevance, *, k: int = 10, steepness: float | Tensor = 1.0, distribution: str = "cauchy"
+):
     """GroCo, group ordering constraints: L = mean_i BCE(p_i, [i positive]), p_i the part of item i that a
     differentiable odd-even network sorts to one of the last P places.
 

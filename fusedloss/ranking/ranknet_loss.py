@@ -16,12 +16,12 @@ WEIGHTINGS = {None: "one", "difference": "difference", "difference_of_squares": 
 def ranknet_loss(
     lists, scores, relevance, *, weighting: str | None = None, sigma: float = 1.0, normalization: str | None = "batch"
 ):
-    """RankNet: the mean of w_ij log(1 + e^{−σ (s_i − s_j)}) over all pairs r_i > r_j of the batch.
+    """RankNet: L = Σ_{r_i > r_j} w_ij log(1 + e^{−σ (s_i − s_j)}), by default divided by the pairs of the whole batch.
 
     weighting: None, w = 1; "difference", |r_i − r_j|; "difference_of_squares", |r_i² − r_j²|. normalization says what
-    the mean is of, where `reduction` is "mean": "batch", of all pairs, whatever list they are of; "pairs", of the lists'
-    own means, so that every list counts alike; None, of the lists' sums. With the other reductions "batch" is None.
-    Without pairs the loss is 0 (the official code divides 0 by 0). Every pair is computed once, with its gradient, in
+    the mean is of, where `reduction` is "mean": "batch", of all pairs, whatever list they are of; "pairs", of the
+    lists' own means, so that every list counts alike; None, of the lists' sums. With other reductions "batch" is
+    None. Without pairs the loss is 0 (the official code divides 0 by 0). Every pair is computed once, with its gradient, in
     O(n) memory. Scores of −inf give what the formula gives: ∞ where they are the more relevant, NaN between two of
     them; padding belongs into the mask.
 
