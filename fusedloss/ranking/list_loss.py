@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_reduction, expect
-from ..lists import Lists, lists_of
+from ..lists import lists_of
 
 COMMON = """
 scores, relevance: (…, n), lists along the last dimension, or (items,) with offsets; a larger relevance is better. fp16
