@@ -64,7 +64,7 @@ def mib(row: dict[str, str] | None, key: str = "peak_mib") -> str:
 
 
 def grid(head: str, lines: list[str]) -> str:
-    words = "N, D, V|case|loss|type|contender|B, D|n, d, m|fastest of PyTorch|target|commit|note".split("|")
+    words = "N, D, V|case|loss|type|contender|B, D|n, d, m|lists, items|fastest of PyTorch|target|commit|note".split("|")
     rule = ["---" if cell.strip() in words else "---:" for cell in head.strip("|").split("|")]
     return "\n".join([head, f"|{'|'.join(rule)}|", *lines])
 
@@ -180,11 +180,42 @@ def classes_table(cases: Cases) -> str:
     return grid(f"| contender | {' | '.join(head)} | power of n |", lines)
 
 
+SORTING = ("soft_", "NeuralSort", "neural_ndcg_loss", "lambda_loss", "approx_ndcg_loss", "bitonic", "entmax15")
+SOFT = [(kind, strength) for kind in ("l2", "kl") for strength in ("1", "0.001")]
+
+
+def soft_table(cases: Cases) -> str:
+    """How many times faster than torch.sort alone, and than torchsort, shape by shape."""
+    found = {tuple(case.split()): rows for (case, _), rows in cases.items() if case.startswith("soft_")}
+    lines = []
+    for operator, shape in dict.fromkeys((operator, shape) for operator, _, _, shape in found):
+        cells = []
+        for kind, strength in SOFT:
+            rows = found[operator, kind, strength, shape]
+            ms = {name: float(row["ms"]) for name, row in rows.items()}
+            cells.append(" / ".join(f"{ms[name] / ms[OURS]:.1f}" for name in ms if name != OURS))
+        shown = shape.replace("x", ", ")
+        lines.append(f"| `{operator}` | {shown} | {' | '.join(cells)} | {rows[OURS]['commit']} |")
+    head = " | ".join(f"{kind}, {strength}" for kind, strength in SOFT)
+    return grid(f"| case | lists, items | {head} | commit |", lines)
+
+
+def sorting_table(cases: Cases) -> str:
+    """The other cases of the sort engine."""
+    lines = []
+    for (case, _), rows in cases.items():
+        if not case.startswith(SORTING) or case.startswith("soft_"):
+            continue
+        for name, row in rows.items():
+            lines.append(f"| {case} | {name} | {milliseconds(row)} | {mib(row)} | {row['commit']} | {noted(row)} |")
+    return grid("| case | contender | ms | peak MiB | commit | note |", lines)
+
+
 def other_table(cases: Cases) -> str:
     """Every case that has no table of its own: contenders and their ratios and peaks."""
     lines = []
     for (case, dtype), rows in cases.items():
-        if case.startswith(("linear ", "spherical ", "classes ")) or "cross_entropy" in rows or is_pair(case):
+        if case.startswith(("linear ", "spherical ", "classes ", *SORTING)) or "cross_entropy" in rows or is_pair(case):
             continue
         for name, row in rows.items():
             figures = f"{float(row['ms']):.0f} | {times(row)} | {mib(row)}"
@@ -206,5 +237,5 @@ def losses_table(cases: Cases) -> str:
 if __name__ == "__main__":
     found = read([Path(p) for p in sys.argv[1:]])
     tables = {"linear": linear_table, "pairs": pair_table, "spherical": spherical_table, "classes": classes_table}
-    for name, make in (tables | {"other": other_table, "losses": losses_table}).items():
+    for name, make in (tables | {"soft": soft_table, "sorting": sorting_table, "other": other_table, "losses": losses_table}).items():
         replace_section(PAGE, name, make(found))
