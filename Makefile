@@ -8,7 +8,7 @@ TORCH  := $(shell grep '^torch==' requirements-dev.txt)
 ARGS   ?=
 # `make gpu` takes an environment that is there, PYTHONPATH included: torch (2.11) and triton (3.6) for the device, nvcc, cmake
 # (3.24), ninja, setuptools (77), pybind11, pytest, pytest-benchmark and hypothesis; of the peers (liger-kernel,
-# cut-cross-entropy, quack-kernels) those that it can import.
+# cut-cross-entropy, quack-kernels, torchsort) those that it can import.
 GPU_PYTHON ?= python3
 GPU_DEVICE ?= cuda
 GPU_ROWS   ?= bench/results/gpu.csv

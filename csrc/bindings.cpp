@@ -1,15 +1,11 @@
 // fusedloss._native: fusedloss.h as a Python module. Pointers are plain integers, 0 for null; nothing is checked here
 // that the C surface does not check.
-#include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "fusedloss.h"
-
-namespace py = pybind11;
+#include "bindings.h"
 
 // Each in the file of its name, <name>_bindings.cpp.
 void add_spherical(py::module_& m);
@@ -23,9 +19,6 @@ void add_threshold(py::module_& m);
 void add_pairwise(py::module_& m);
 
 namespace {
-
-template <class T>
-T* pointer(uintptr_t address) { return reinterpret_cast<T*>(address); }
 
 void raise_if(int status) {
   if (status) throw std::runtime_error(fl_error());
