@@ -50,9 +50,10 @@ COLUMN_REGISTERS = {"statistics": 232, "gradient": 200}  # a program of one warp
 SPILLED = {}  # bytes, by kernel and title
 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):  # measured with 3.6 and its ptxas 12.8
     PLAIN_REGISTERS = {"statistics": 120, "gradient": 104}  # 119 ("others") and 101 ("smooth")
-    REGISTERS |= {"column_sums": 112, "fold": 168}
-    SEVERAL_REGISTERS |= {"visit": 176}  # 175
-    SPILLED = {("statistics", "list"): 8}  # 8
+    REGISTERS |= {"column_sums": 112, "fold": 168, "banded_sums": 96, "neural_slopes": 96}
+    SEVERAL_REGISTERS |= {"visit": 176, "banded_sums": 152}  # 175
+    SPILLED = {("statistics", "list"): 8, ("gradient", "log_relu with options"): 8}
+    SPILLED |= {("threshold_rows", "entmax15 loss"): 8, ("banded_slopes", "soft sort"): 8}
 SHARED = {"linear_statistics": 128 << 10, "linear_gradient": 128 << 10}  # a pipeline of four steps
 SHARED |= {"gradient": 16 << 10, "gradient_of_exponentials": 8 << 10}
 SHARED |= dict.fromkeys(("visit", "backward", "prepare"), 4 << 10) | dict.fromkeys(("grams", "state", "fold"), 8 << 10)
