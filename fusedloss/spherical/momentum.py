@@ -83,7 +83,7 @@ def _undo_plain(top: Tensor, h: Tensor, hg: Tensor, s: Tensor | None, lr: float,
     few = s is None
     e = (h @ hg.t()).to(F64) if few else s
     eye = torch.eye(len(e), dtype=F64, device=e.device)
-    lu, pivots = torch.linalg.lu_factor(keep * eye - lr * e)
+    lu, pivots, _ = torch.linalg.lu_factor_ex(keep * eye - lr * e)
     if nearly_singular(lu):
         return True
     if few:

@@ -72,7 +72,7 @@ def step(f: Factors, b: Batch, lr: float, decay: float, right: Tensor | Callable
     f.gram.mul_(keep * keep).sub_(change).sub_(change.t())
     f.offset.mul_(keep).sub_(along @ r)
     f.mean.mul_(keep).sub_(mean @ r)
-    lu, pivots = torch.linalg.lu_factor(keep * torch.eye(len(e), dtype=F64, device=e.device) - e)
+    lu, pivots, _ = torch.linalg.lu_factor_ex(keep * torch.eye(len(e), dtype=F64, device=e.device) - e)
     f.u.copy_(keep * f.u - f.u @ e)
     if nearly_singular(lu):
         f.fold(f.u.clone())

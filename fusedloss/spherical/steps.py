@@ -164,7 +164,7 @@ def _small(f: Factors, b: Batch, lr: float, keep: float, limit: float) -> bool:
     two = (2 * b.gamma).to(dtype)
     hg = two.unsqueeze(1) * b.h
     e = keep * torch.eye(len(b.h), dtype=dtype, device=b.h.device) - lr * (b.h @ b.h.t()) * two
-    lu, pivots = torch.linalg.lu_factor(e)
+    lu, pivots, _ = torch.linalg.lu_factor_ex(e)
     if nearly_singular(lu):
         return True
     n = torch.linalg.lu_solve(lu, pivots, b.h @ f.inverse.to(dtype))  # H (U E)⁻¹
@@ -211,7 +211,7 @@ def _large(f: Factors, b: Batch, lr: float, keep: float, limit: float) -> bool:
     """For m ≥ d, all in d × d. Returns whether U E is too close to singular; then nothing has changed."""
     s, z = (t.to(F64) for t in _gram_change(f, b, lr, keep))
     e = keep * torch.eye(len(s), dtype=F64, device=s.device) - lr * s
-    lu, pivots = torch.linalg.lu_factor(e)
+    lu, pivots, _ = torch.linalg.lu_factor_ex(e)
     if nearly_singular(lu):
         return True
     inverse = (f.inverse + lr * (s @ torch.linalg.lu_solve(lu, pivots, f.inverse))) / keep
