@@ -1,12 +1,12 @@
 """Ranking losses over pairs, and soft positions, against dense formulas in fp64: one list and many, every engine."""
 
 import importlib
-import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from in_interpreter import passes_in_the_interpreter
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fusedloss import backends, ranking
@@ -392,9 +392,4 @@ def test_errors(call, words):
 if not backends.triton.interpreted() and backends.triton._loaded()[0] is not None:
 
     def test_in_the_interpreter():
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", __file__]
-        command += ["-k", "triton and not float64"]
-        environment = os.environ | {"TRITON_INTERPRET": "1"}
-        found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-        assert found.returncode == 0, found.stdout[-6000:] + found.stderr[-2000:]
-        assert " passed" in found.stdout
+        assert " passed" in passes_in_the_interpreter(__file__, "-k", "triton and not float64")

@@ -4,13 +4,11 @@ As in test_triton_interpreter.py, the ordinary run starts this file again with T
 """
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import tolerance
 import torch
+from in_interpreter import passes_in_the_interpreter
 
 import fusedloss as fl
 from fusedloss import backends
@@ -28,11 +26,7 @@ INF, NAN = math.inf, math.nan
 if not backends.triton.interpreted():
 
     def test_kernels_in_the_interpreter():
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", __file__]
-        found = subprocess.run(
-            command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=600
-        )
-        assert found.returncode == 0, found.stdout[-6000:] + found.stderr[-2000:]
+        passes_in_the_interpreter(__file__)
 
 else:
 

@@ -5,12 +5,11 @@ has one test, which starts this file again with the variable set.
 """
 
 import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from in_interpreter import passes_in_the_interpreter
 from test_statistics import TABLE, case, some_scores
 
 from fusedloss.backends import torch as plain
@@ -27,21 +26,12 @@ ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-1
 if not engine.interpreted():
 
     def test_in_the_interpreter():
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", __file__]
-        found = subprocess.run(
-            command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=600
-        )
-        assert found.returncode == 0, found.stdout[-6000:] + found.stderr[-2000:]
+        passes_in_the_interpreter(__file__)
 
     @pytest.mark.parametrize("part", ["linear_cross_entropy", "given_logits or ignored or log_probs", "losses"])
     def test_the_whole_way_in_the_interpreter(part):
         where = os.path.join(os.path.dirname(__file__), "test_device.py")
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", where]
-        command += ["-k", f"triton and not torch.float16 and ({part})"]
-        found = subprocess.run(
-            command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=600
-        )
-        assert found.returncode == 0, found.stdout[-6000:] + found.stderr[-2000:]
+        passes_in_the_interpreter(where, "-k", f"triton and not torch.float16 and ({part})")
 
 else:
     import triton

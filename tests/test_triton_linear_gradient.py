@@ -3,13 +3,11 @@
 As in test_triton_interpreter.py, the ordinary run starts this file again with TRITON_INTERPRET=1.
 """
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from in_interpreter import passes_in_the_interpreter
 from test_triton_interpreter import ROUNDING, close
 
 import fusedloss as fl
@@ -18,7 +16,7 @@ from fusedloss.backends import torch as plain
 from fusedloss.backends import triton as engine
 from fusedloss.backends.tile import Across, Sums, Tile
 from fusedloss.relation import Other, Rest, Same
-from fusedloss.statistics import Columns, Expectation, LogSumExp, LogSumExpOf, Max, Moments, Score, Sum, SumOf
+from fusedloss.statistics import Expectation, LogSumExp, LogSumExpOf, Max, Moments, Score, Sum, SumOf
 
 pytest.importorskip("triton", reason="triton is not installed")
 ROWS, COLUMNS, FIRST_ROW, FIRST = 13, 203, 3, 7  # no multiple of anything
@@ -27,11 +25,7 @@ BF16, FP16 = torch.bfloat16, torch.float16
 if not engine.interpreted():
 
     def test_gradients_of_products_in_the_interpreter():
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", __file__]
-        found = subprocess.run(
-            command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=600
-        )
-        assert found.returncode == 0, found.stdout[-6000:] + found.stderr[-2000:]
+        passes_in_the_interpreter(__file__)
 
 
 def labels(count, seed):

@@ -3,13 +3,11 @@
 As in test_triton_interpreter.py, the ordinary run starts this file again with TRITON_INTERPRET=1.
 """
 
-import os
-import subprocess
-import sys
 
 import pytest
 import tolerance
 import torch
+from in_interpreter import passes_in_the_interpreter
 
 from fusedloss import backends
 from fusedloss.sorting import NeuralSort, SoftSort, permutation_ops
@@ -22,11 +20,7 @@ F64 = torch.float64
 if not backends.triton.interpreted():
 
     def test_kernels_in_the_interpreter():
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", __file__]
-        found = subprocess.run(
-            command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=600
-        )
-        assert found.returncode == 0, found.stdout[-6000:] + found.stderr[-2000:]
+        passes_in_the_interpreter(__file__)
 
 else:
 

@@ -5,12 +5,10 @@ As in test_triton_interpreter.py, the ordinary run starts this file again with T
 """
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from in_interpreter import passes_in_the_interpreter
 from test_statistics import some_scores
 from test_triton_interpreter import ROUNDING, close, compare_states, tiles
 
@@ -44,11 +42,7 @@ ROWS, COLUMNS, FIRST_ROW, FIRST = 13, 131, 3, 7  # no multiple of anything
 if not engine.interpreted():
 
     def test_similarities_in_the_interpreter():
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", __file__]
-        found = subprocess.run(
-            command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=600
-        )
-        assert found.returncode == 0, found.stdout[-6000:] + found.stderr[-2000:]
+        passes_in_the_interpreter(__file__)
 
 
 def generator(seed):

@@ -3,13 +3,11 @@
 As in test_triton_interpreter.py, the ordinary run starts this file again with TRITON_INTERPRET=1.
 """
 
-import os
-import subprocess
-import sys
 from copy import deepcopy
 
 import pytest
 import torch
+from in_interpreter import passes_in_the_interpreter
 
 from fusedloss import backends, nn
 from fusedloss.spherical import engines, steps
@@ -33,11 +31,7 @@ SMALL = dict(ELEMENTS=16, WIDEST=8, SLOTS=2, SQUARE=4, SEGMENT=(2, 4), SUMMED=(2
 if not backends.triton.interpreted():
 
     def test_factored_steps_in_the_interpreter():
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", __file__]
-        found = subprocess.run(
-            command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=600
-        )
-        assert found.returncode == 0, found.stdout[-6000:] + found.stderr[-2000:]
+        passes_in_the_interpreter(__file__)
 
     @pytest.mark.host
     @pytest.mark.parametrize("asked", ["highest", "high", "medium", "allow", "new"])
